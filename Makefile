@@ -1,0 +1,52 @@
+# Everything a newcomer needs: `make demo`. Everything a developer needs: `make test`. Both do their own set-up.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+OUT    ?= out/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup gl demo test lint mini clean
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Virtual environment in .venv with the pinned packages
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Orrery needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+gl: $(STAMP)  # a software OpenGL for the simulator's cameras, where the machine has none
+	@$(BIN)/python scripts/headless_gl.py
+
+demo: $(STAMP) gl  ## Three generated worlds (text, image, video start); the last beside what MuJoCo did
+	$(BIN)/orrery demo -o $(OUT)
+
+test: lint gl  ## Everything CI checks: style, types, floors, tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Style, types, and the floors of the house
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+WORKERS    ?= $(shell nproc 2>/dev/null || echo 2)
+DROP_CLIPS ?= 30000
+PUSH_CLIPS ?= 20000
+HELD_CLIPS ?= 300
+SIM        := $(BIN)/orrery sim
+SIM_INTO   := --workers $(WORKERS) --without depth -o data/mini
+
+mini: $(STAMP) gl  ## Make orrery-mini again from nothing: worlds, VAE, transformer (hours without a GPU; resumable)
+	$(SIM) drop --clips $(DROP_CLIPS) $(SIM_INTO)
+	$(SIM) push --clips $(PUSH_CLIPS) $(SIM_INTO)
+	$(SIM) drop --seed 1000000 --clips $(HELD_CLIPS) $(SIM_INTO)
+	$(SIM) push --seed 1000000 --clips $(HELD_CLIPS) $(SIM_INTO)
+	$(BIN)/orrery train recipes/mini-vae.toml
+	$(BIN)/orrery train recipes/mini-dit.toml
+	$(BIN)/orrery train recipes/mini-dit.toml --export src/orrery/weights/mini
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,63 @@
+"""One function in front of every attention kernel, and the projections around it.
+
+`attention` is the only place that calls a kernel; `scaled_dot_product_attention` is the reference. `Attention` holds
+the bias-free projections and the per-head RMSNorm of queries and keys of arXiv 2511.00062 (parameter names: the
+published checkpoints').
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn, ones
+
+EPS = 1e-6  # of every norm in the published transformer
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full bidirectional attention, scaled by 1/sqrt(dim).
+
+    q [B, Nq, heads, dim], k and v [B, Nk, heads, dim], one dtype and one device -> [B, Nq, heads, dim].
+    A k and v of batch 1 serve every item of the batch.
+    """
+    if k.shape[0] == 1 and q.shape[0] > 1:
+        k, v = k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; fp32 inside, rounded once to the dtype of x."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPS).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Queries from x [B, N, width], keys and values from context [B, L, context_width]; for self-attention both are x.
+
+    The caller may rotate queries and keys, and may keep keys and values of a context that does not change.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(context_width, width, bias=False)
+        self.v_proj = nn.Linear(context_width, width, bias=False)
+        self.output_proj = nn.Linear(width, width, bias=False)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, N, width] -> normalised queries [B, N, heads, dim]."""
+        return self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1)))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, context_width] -> normalised keys and plain values, each [B, L, heads, dim]."""
+        keys = self.k_norm(self.k_proj(context).unflatten(-1, (self.heads, -1)))
+        return keys, self.v_proj(context).unflatten(-1, (self.heads, -1))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend with prepared q, k, v [B, *, heads, dim] and project: [B, N, width]."""
+        return self.output_proj(attention(q, k, v).flatten(-2))

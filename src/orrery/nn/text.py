@@ -1,0 +1,234 @@
+"""Text encoder: the hidden states of a Qwen2.5 language model, as the transformer's cross-attention wants them.
+
+The published models use the language tower of Cosmos-Reason1-7B (a Qwen2.5-VL-7B); the mini has a small Qwen2 of its
+own, trained together with its transformer. Both go the same way: the prompt is put into a template, cut or padded on
+the right to exactly L tokens, and run without an attention mask (causal, so padding never reaches a real token; the
+transformer does see the padded positions). The outputs of all layers, the last one after the final norm, are each
+brought to mean 0 and deviation 1 per token, and are concatenated.
+
+The networks come from `transformers`, which is imported only when an encoder is built.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import tokenizers
+
+KINDS = ("qwen2", "qwen2_5_vl")
+PAD, UNKNOWN = "[PAD]", "[UNK]"
+CHAT_TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful assistant who will provide prompts to an image generator.<|im_end|>\n"
+    "<|im_start|>user\n{prompt}<|im_end|>\n"
+)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of a text encoder. `text_dim` = layers * hidden_size is the width that it hands to the transformer.
+
+    kind: "qwen2", or "qwen2_5_vl" for the language tower of a Qwen2.5-VL. length: L. template: how a prompt is
+    wrapped; must contain {prompt}. pad_token: the tokenizer's padding. mrope_section: how the rotary frequencies of
+    one head are split over time, height and width ("qwen2_5_vl" only; text has equal positions on all three).
+    """
+
+    kind: str = "qwen2"
+    hidden_size: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 512
+    vocab_size: int = 256
+    length: int = 40
+    template: str = "{prompt}"
+    pad_token: str = PAD
+    rope_theta: float = 10000.0
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        object.__setattr__(self, "mrope_section", tuple(self.mrope_section))  # JSON gives a list
+        if self.kind not in KINDS:
+            raise ValueError(f"text kind is {self.kind!r}; allowed are {', '.join(KINDS)}")
+        for name in ("hidden_size", "layers", "heads", "kv_heads", "mlp", "vocab_size", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"text {name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden_size % (2 * self.heads) or self.heads % self.kv_heads:
+            raise ValueError(
+                f"text hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}, "
+                f"and heads a multiple of kv_heads {self.kv_heads}"
+            )
+        if self.kind == "qwen2_5_vl" and sum(self.mrope_section) != self.hidden_size // self.heads // 2:
+            raise ValueError(
+                f"mrope_section {self.mrope_section} must sum to half a head, {self.hidden_size // self.heads // 2}"
+            )
+        if "{prompt}" not in self.template:
+            raise ValueError(f"text template {self.template!r} must contain {{prompt}}")
+
+    @property
+    def text_dim(self) -> int:
+        """Width of the encoder's output."""
+        return self.layers * self.hidden_size
+
+
+PRESETS = {
+    "mini": TextConfig(),
+    "reason1-7b": TextConfig(
+        kind="qwen2_5_vl",
+        hidden_size=3584,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        mlp=18944,
+        vocab_size=152064,
+        length=512,
+        template=CHAT_TEMPLATE,
+        pad_token="<|endoftext|>",
+        rope_theta=1e6,
+    ),
+}
+
+
+def word_tokenizer(captions: Iterable[str]) -> "tokenizers.Tokenizer":
+    """A tokenizer whose vocabulary is the words and punctuation marks of `captions`, lower-cased, in alphabetical
+    order after [PAD] = 0 and [UNK] = 1. The same set of words gives the same tokenizer. ValueError without any word.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    splitter = pre_tokenizers.Whitespace()
+    words = {word for caption in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption))}
+    if not words:
+        raise ValueError("a word tokenizer needs at least one caption with a word in it; got none")
+    vocabulary = {word: index for index, word in enumerate([PAD, UNKNOWN, *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    return tokenizer
+
+
+class TextEncoder(nn.Module):
+    """Prompts or token ids -> [B, L, layers * hidden_size].
+
+    Args:
+        config: the shape.
+        tokenizer: a `tokenizers.Tokenizer` or a tokenizer of `transformers`; its ids must fit into vocab_size.
+
+    `.model` is the module of `transformers` (a Qwen2Model or Qwen2_5_VLTextModel) with fresh weights; the state dict
+    holds its parameters and nothing else.
+    """
+
+    def __init__(self, config: TextConfig, tokenizer: Any):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self._ids, self._pad, size = _reader(tokenizer, config.pad_token)
+        if size > config.vocab_size:
+            raise ValueError(f"the tokenizer has {size} tokens; vocab_size is {config.vocab_size}, which is too few")
+        self.model: Any = _build(config)
+        self.register_load_state_dict_post_hook(lambda module, _: module._keep_rotary())
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token ids [B, L] int64 on the model's device: template, then cut to the first L or padded on the right."""
+        length = self.config.length
+        rows = [self._ids(self._wrap(prompt))[:length] for prompt in prompts]
+        rows = [row + [self._pad] * (length - len(row)) for row in rows]
+        return torch.tensor(rows, dtype=torch.int64, device=self.model.embed_tokens.weight.device).reshape(-1, length)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Hidden states of layers 1 to n for token ids [B, L], normalised and concatenated: [B, L, text_dim] in the
+        model's dtype. ValueError when the length is not L."""
+        if tokens.ndim != 2 or tokens.shape[1] != self.config.length:
+            raise ValueError(f"tokens must be [B, {self.config.length}]; got {list(tokens.shape)}")
+        output = self.model(input_ids=tokens, use_cache=False, output_hidden_states=True)
+        return torch.cat([_standardise(hidden) for hidden in output.hidden_states[1:]], dim=-1)
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """`forward` of `tokenize`: [B, L, text_dim]. An empty prompt is encoded like any other."""
+        return self(self.tokenize(prompts))
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt, in order and once each, that a word tokenizer does not know; [] for a BPE tokenizer."""
+        if getattr(getattr(self.tokenizer, "model", None), "unk_token", None) != UNKNOWN:
+            return []
+        text = self.tokenizer.normalizer.normalize_str(prompt)
+        words = [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return list(dict.fromkeys(word for word in words if self.tokenizer.token_to_id(word) is None))
+
+    def tokens_cut(self, prompt: str) -> int:
+        """How many tokens of the wrapped prompt `tokenize` cuts off because they do not fit into L; mostly 0."""
+        return max(0, len(self._ids(self._wrap(prompt))) - self.config.length)
+
+    def _wrap(self, prompt: str) -> str:
+        return self.config.template.replace("{prompt}", prompt)  # not format(): a prompt may contain braces
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._keep_rotary()
+        return self
+
+    def _keep_rotary(self) -> None:
+        """Make the rotary frequencies anew where they were rounded by a cast or never left the meta device.
+
+        They are computed, not stored, and stay float32 in a bfloat16 model.
+        """
+        rotary, weight = self.model.rotary_emb, self.model.embed_tokens.weight
+        if rotary.inv_freq.dtype != torch.float32 or rotary.inv_freq.device != weight.device:
+            with torch.inference_mode(False), torch.device(weight.device):  # an inference tensor could not train later
+                self.model.rotary_emb = type(rotary)(config=self.model.config)
+
+
+def _standardise(hidden: Tensor) -> Tensor:
+    """(h - mean) / (std + 1e-8) over the last axis, with the unbiased deviation, in h's dtype."""
+    std, mean = torch.std_mean(hidden, dim=-1, keepdim=True, correction=1)
+    return (hidden - mean) / (std + 1e-8)
+
+
+def _reader(tokenizer: Any, pad_token: str) -> tuple[Callable[[str], list[int]], int, int]:
+    """What is needed of either family of tokenizers: text -> ids, the padding's id, and the number of tokens."""
+    if hasattr(tokenizer, "convert_tokens_to_ids"):  # transformers
+        pad, size = tokenizer.get_vocab().get(pad_token), len(tokenizer)
+
+        def ids(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    else:  # tokenizers
+        pad, size = tokenizer.token_to_id(pad_token), tokenizer.get_vocab_size()
+
+        def ids(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+    if pad is None:
+        raise ValueError(f"the tokenizer has no token {pad_token!r}, which the text configuration pads with")
+    return ids, pad, size
+
+
+def _build(config: TextConfig) -> nn.Module:
+    """The `transformers` module of a configuration, with fresh weights."""
+    shape: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "max_position_embeddings": max(config.length, 32768),
+        "rms_norm_eps": config.norm_eps,
+        "pad_token_id": None,  # else its embedding would be zero and untrained; here pads are ordinary tokens
+        "bos_token_id": None,  # the defaults lie outside a small vocabulary, and nothing here is generated
+        "eos_token_id": None,
+        "attn_implementation": "sdpa",
+    }
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.kind == "qwen2":
+        from transformers import Qwen2Config, Qwen2Model
+
+        return Qwen2Model(Qwen2Config(**shape, rope_parameters=rope))
+    from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+    rope["mrope_section"] = list(config.mrope_section)
+    return Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**shape, rope_parameters=rope))

@@ -1,0 +1,1 @@
+"""Training: one loop for the VAE and the transformer, driven by a recipe (TOML)."""

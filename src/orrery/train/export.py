@@ -1,0 +1,97 @@
+"""Trained weights to a model directory, and the trained VAE back from one."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from orrery.errors import InputError
+from orrery.nn.vae import VAE, VAEConfig
+from orrery.train.checkpoint import write_atomically, write_text
+from orrery.train.recipe import FlowRecipe
+from orrery.weights.store import Model, ModelConfig, Sampling, save_model
+
+
+def export_vae(vae: VAE, directory: Path, training: dict[str, Any]) -> None:
+    """Write config.json (`vae`, `training`) and vae.safetensors (fp16) to a directory."""
+    weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in vae.state_dict().items()}
+    write_atomically(directory / "vae.safetensors", lambda temporary: save_file(weights, temporary))
+    write_text(
+        directory / "config.json", json.dumps({"vae": asdict(vae.config), "training": training}, indent=2) + "\n"
+    )
+
+
+def load_vae(directory: Path) -> tuple[VAE, str]:
+    """The VAE of a directory that `export_vae` or `export_model` wrote, fp32, frozen; and a hash of it.
+
+    Raises:
+        InputError: no such VAE there.
+    """
+    config_path, weights_path = directory / "config.json", directory / "vae.safetensors"
+    if not config_path.is_file() or not weights_path.is_file():
+        raise InputError(
+            f"no VAE in {directory}: needs config.json and vae.safetensors; train recipes/mini-vae.toml first"
+        )
+    config = json.loads(config_path.read_text(encoding="utf-8"))["vae"]
+    digest = hashlib.sha256(weights_path.read_bytes() + json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    vae = VAE(VAEConfig(**config))
+    if not vae.config.latent_std:
+        raise InputError(f"the VAE in {directory} has no latent statistics; export it with orrery train --export")
+    vae.load_state_dict({name: tensor.to(torch.float32) for name, tensor in load_file(weights_path).items()})
+    return vae.eval().requires_grad_(False), digest
+
+
+def export_model(
+    recipe: FlowRecipe, model: nn.Module, vae: VAE, fps: float, directory: Path, training: dict[str, Any]
+) -> None:
+    """Write a whole model directory (see orrery.weights.store): transformer, text encoder and VAE, fp16, and a card."""
+    transformer, text = model["transformer"], model["text"]  # type: ignore[index]
+    sampling = Sampling(
+        solver="unipc",
+        schedule="shift",
+        shift=recipe.loss.shift,
+        exact_times=True,
+        steps=recipe.validation.sample_steps,
+        guidance=recipe.validation.guidance,
+        conditional_timestep=recipe.loss.conditional_timestep,
+        negative_prompt=None,
+    )
+    config = ModelConfig(
+        transformer=transformer.config,
+        vae=vae.config,
+        text=text.config,
+        sampling=sampling,
+        fps=fps,
+        frames=recipe.data.frames,
+        resolution=recipe.data.size,
+        training=training,
+    )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    save_model(directory, Model(config, transformer, vae, text), model_card(recipe, config))
+
+
+def model_card(recipe: FlowRecipe, config: ModelConfig) -> str:
+    """README.md of a trained model: what it is, and the numbers of its training."""
+    training = dict(config.training)
+    validation = training.pop("validation", {})
+    lines = [
+        f"# {recipe.out.name}",
+        "",
+        "A small world model of the Cosmos-Predict2.5 architecture, trained by Orrery on its own MuJoCo worlds.",
+        f"{config.resolution[0]}x{config.resolution[1]} pixels, {config.frames} frames at {config.fps:g} fps; text, "
+        "image or video (0, 1 or 2 given latent frames).",
+        "",
+        "| training | |",
+        "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in training.items()),
+        f"| data | scenes {', '.join(recipe.data.scenes) or 'all'}; seeds below {recipe.data.heldout_from}, "
+        "the others held out |",
+        "",
+        "Held-out velocity loss: " + ", ".join(f"{key} {value:.4f}" for key, value in validation.items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"

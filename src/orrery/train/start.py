@@ -1,0 +1,148 @@
+"""From a recipe's path to a run: clips chosen and frozen in the run directory, task, loop, export."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from orrery.data.clips import ClipDataset, ClipEntry, entry_from_json, read_index, split
+from orrery.errors import InputError
+from orrery.train.checkpoint import write_text
+from orrery.train.flow import FlowTask
+from orrery.train.loop import Randomness, Task, Trainer, pick_device
+from orrery.train.recipe import Recipe, VAERecipe, load_recipe
+from orrery.train.vae import VAETask, check_clip
+
+
+def train(
+    path: Path,
+    sets: Sequence[str] = (),
+    max_seconds: float | None = None,
+    refresh_data: bool = False,
+    export: Path | None = None,
+) -> Path:
+    """Run a recipe, from the newest checkpoint of its run directory if there is one.
+
+    Args:
+        path: the recipe. sets: `key=value` changes to it.
+        max_seconds: stop (and save) after so long.
+        refresh_data: take up clips that were added to the dataset since the run began.
+        export: only export the newest checkpoint's EMA weights, to this directory.
+
+    Returns:
+        the directory of the exported model: `export`, or OUT/model after the last step; else the run directory.
+
+    Raises:
+        InputError: whatever is wrong with the recipe, the data or the run directory, in one line.
+    """
+    recipe = load_recipe(path, sets)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    device = pick_device(recipe.device)
+    with claimed(recipe.out):
+        trainer = open_run(recipe, device, refresh_data)
+        if export is None:
+            if not trainer.run(max_seconds):
+                return recipe.out
+            export = recipe.out / "model"
+        elif trainer.step == 0:
+            raise InputError(f"{recipe.out} has no checkpoint to export; train first")
+        trainer.export(export, str(path))
+    print(f"exported {export}", file=sys.stderr)
+    return export
+
+
+def open_run(recipe: Recipe, device: torch.device, refresh_data: bool = False) -> Trainer:
+    """The trainer of a recipe, at the newest checkpoint of its run directory, ready to run."""
+    random = Randomness(recipe.seed)
+    datasets = _datasets(recipe, *frozen_clips(recipe, refresh_data))
+    task: Task
+    if isinstance(recipe, VAERecipe):
+        task = VAETask(recipe, *datasets, random, device)
+    else:
+        task = FlowTask(recipe, *datasets, random, device)
+    return Trainer(recipe, task, random, device)
+
+
+def _datasets(
+    recipe: Recipe, train_clips: list[ClipEntry], heldout: list[ClipEntry]
+) -> tuple[ClipDataset, ClipDataset]:
+    root, data = recipe.data.root, recipe.data
+    weighted = isinstance(recipe, VAERecipe) and recipe.loss.foreground > 1
+    pixels = isinstance(recipe, VAERecipe)  # the transformer reads each clip once, into the latent cache
+    train = ClipDataset(root, train_clips, data.cache_gb if pixels else 0.0, foreground=weighted)
+    held = ClipDataset(root, heldout, 0.2, foreground=pixels)
+    for dataset in (train, held):
+        check_clip(dataset[0], dataset.entries[0].id, data.frames, data.size)
+    return train, held
+
+
+def choose_clips(entries: Sequence[ClipEntry], recipe: Recipe) -> list[ClipEntry]:
+    """The clips of an index that the recipe's [data] describes."""
+    data = recipe.data
+    chosen = [
+        entry
+        for entry in entries
+        if (not data.scenes or entry.scene in data.scenes)
+        and (not data.looks or entry.look in data.looks)
+        and (data.max_objects is None or _movable(entry) <= data.max_objects)
+        and entry.frames >= data.frames
+    ]
+    if not chosen:
+        wanted = f"scenes {list(data.scenes) or 'all'}, looks {list(data.looks) or 'all'}, frames >= {data.frames}"
+        raise InputError(f"none of the {len(entries)} clips of {data.root} fits the recipe's [data]: {wanted}")
+    return chosen
+
+
+def _movable(entry: ClipEntry) -> int:
+    return sum(bool(item.get("movable", True)) for item in entry.objects)
+
+
+def frozen_clips(recipe: Recipe, refresh: bool) -> tuple[list[ClipEntry], list[ClipEntry]]:
+    """(training, held-out) clips of the run: read once, kept in OUT/clips.json, so that a dataset may grow meanwhile.
+
+    Raises:
+        InputError: no dataset, or no training or held-out clip in it.
+    """
+    path = recipe.out / "clips.json"
+    if path.exists() and not refresh:
+        lists = json.loads(path.read_text(encoding="utf-8"))
+        return [entry_from_json(e) for e in lists["train"]], [entry_from_json(e) for e in lists["heldout"]]
+    train_clips, heldout = split(choose_clips(read_index(recipe.data.root), recipe), recipe.data.heldout_from)
+    train_clips = train_clips[: recipe.data.max_clips]
+    border = f"heldout_from = {recipe.data.heldout_from}"
+    for name, clips, side in (("training", train_clips, "below"), ("held-out", heldout, "at or above")):
+        if not clips:
+            raise InputError(f"no {name} clip in {recipe.data.root}: no seed {side} {border}")
+    lists = {"train": [e.as_json() for e in train_clips], "heldout": [e.as_json() for e in heldout]}
+    write_text(path, json.dumps(lists))
+    print(f"{recipe.out}: {len(train_clips)} training clips, {len(heldout)} held out", file=sys.stderr)
+    return train_clips, heldout
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The run directory, locked for this process; the system drops the lock when the process ends, however it ends.
+
+    Raises:
+        InputError: the directory cannot be written, or another process trains in it.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"cannot write the run directory {folder}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another process is training in {folder}; allowed: one at a time") from None
+        yield
+    finally:
+        os.close(lock)

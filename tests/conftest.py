@@ -1,0 +1,81 @@
+"""A tiny model of the real classes with random weights, for tests of everything above the networks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from orrery.nn.dit import DiT, DiTConfig
+from orrery.nn.text import TextConfig, TextEncoder, word_tokenizer
+from orrery.nn.vae import VAE, VAEConfig
+from orrery.weights import Model, ModelConfig, Sampling, save_model
+
+WORDS = "a red blue ball cube falls and bounces rolls to the left right"
+
+
+def tiny_model() -> Model:
+    """Random weights throughout: what starts at zero is drawn as well, else every prompt would give the same video."""
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer([WORDS])
+    text = TextConfig(hidden_size=16, layers=2, heads=2, kv_heads=1, mlp=32, vocab_size=32, length=12)
+    config = ModelConfig(
+        transformer=DiTConfig(
+            width=48,
+            depth=2,
+            heads=2,
+            adaln_rank=8,
+            text_dim=text.text_dim,
+            context_dim=24,
+            padding_mask=False,
+            rope_ratios=(1.0, 1.0, 1.0),
+            rope_bf16=False,
+            max_size=(32, 32, 32),
+        ),
+        vae=VAEConfig(
+            base=8,
+            multipliers=(1, 2),
+            res_blocks=1,
+            temporal_down=(False,),
+            patch=4,
+            temporal_patch=4,
+            factorised=True,
+            attention=False,
+        ),
+        text=text,
+        sampling=Sampling(shift=3.0, steps=4, guidance=1.0, conditional_timestep=0.0),
+        fps=10.0,
+        frames=17,
+        resolution=(32, 48),
+        training={"recipe": "none: random"},
+    )
+    model = Model(config, DiT(config.transformer), VAE(config.vae), TextEncoder(text, tokenizer))
+    with torch.no_grad():
+        for layer in model.transformer.zero_initialised():
+            torch.nn.init.normal_(layer.weight, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model, saved in float32."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", tiny_model(), "# tiny", dtype=torch.float32)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing more than `size` bytes to a file fails, as on a full disk: by the kernel, in whatever library writes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(1000): ...` lets no file grow beyond 1000 bytes."""
+    return largest_file
