@@ -1,9 +1,9 @@
 """How good orrery-mini is on clips it has never seen: `python benchmarks/mini_quality.py [--data data/mini]`.
 
-Held-out clips of drop and push are drawn by seed from MuJoCo (or read from a dataset), and the model generates each from
-0, 1 and 2 given latent frames (0, 1 and 5 frames). Pixels are compared with truth beside two predictions that need no
-model and the VAE's own reconstruction; objects are found in the pixels by `orrery.eval`, whose own errors on true frames
-stand in the same table. Writes a JSON, a Markdown table and a contact sheet; prints the gate for shipping.
+Held-out clips of drop and push are drawn by seed from MuJoCo (or read from a dataset), and the model generates each
+from 0, 1 and 2 given latent frames (0, 1 and 5 frames). Pixels are compared with truth beside two predictions that need
+no model and the VAE's own reconstruction; objects are found in the pixels by `orrery.eval`, whose own errors on true
+frames stand in the same table. Writes a JSON, a Markdown table and a contact sheet; prints the gate for shipping.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +33,13 @@ HELD_OUT = 1_000_000  # seeds from here on are in no training set
 SCENES = ("drop", "push")
 GIVEN = {0: 0, 1: 1, 2: 5}  # latent frames -> frames
 GATE = {"vae_db": 31.0, "over_db": 4.0, "radius": 1.0, "share": 0.9}
+LEGEND = (
+    "Only generated frames are counted. `px`: error of the centroids at the last frame (mean; a missing object counts "
+    "as half the picture). `radii`: the same in radii of the true object. `told`: goes the way that the caption "
+    "tells (asked of 0 and 1 latents). `went`: goes the way that the true one goes. The rows `VAE ceiling` and `true "
+    "frames` show what the measurement itself gets wrong."
+)
+HEADS = ("clips", "n", "", "PSNR", "SSIM", "px", "radii", "count", "count by frame", "colour", "shape", "told", "went")
 METHODS = {"model": "model", "copy": "copy last", "empty": "empty scene", "vae": "VAE ceiling", "truth": "true frames"}
 
 
@@ -105,34 +111,37 @@ def choose(options: argparse.Namespace, size: int) -> tuple[list[Case], list[Cas
             mine = [line for line in lines if line["scene"] == scene]
             held = [line for line in mine if line["seed"] >= HELD_OUT]
             order = [held[i] for i in rng.permutation(len(held))]
-            pools = _pools(order, lambda line: len([o for o in line["objects"] if o["colour"]]), lambda line: line["look"])
-            test += [from_dataset(options.data, line) for line in _take(pools, ones, several, scene)]
-            train += [from_dataset(options.data, line) for line in [m for m in mine if m["seed"] < HELD_OUT][: options.fit]]
+            test += [from_dataset(options.data, line) for line in _take(order, ones, several, scene)]
+            seen = [line for line in mine if line["seed"] < HELD_OUT]
+            train += [from_dataset(options.data, line) for line in seen[: options.fit]]
         else:
             test += _simulate_until(scene, HELD_OUT + 100_000 * options.seed, size, ones, several)
             train += [from_simulator(scene, seed, size) for seed in range(options.fit)]
     return test, train
 
 
-def _pools(items: list, objects: Callable[[Any], int], look: Callable[[Any], str]) -> dict[tuple[bool, str], list]:
-    pools: dict[tuple[bool, str], list] = {(one, name): [] for one in (True, False) for name in ("plain", "real")}
-    for item in items:
-        pools[objects(item) == 1, look(item)].append(item)
-    return pools
-
-
 def _quota(ones: int, several: int) -> dict[tuple[bool, str], int]:
-    return {(one, look): (n + (look == "plain")) // 2
-            for one, n in ((True, ones), (False, several)) for look in ("plain", "real")}  # fmt: skip
+    """(has it one object, look) -> how many such clips."""
+    return {
+        (one, look): (number + (look == "plain")) // 2
+        for one, number in ((True, ones), (False, several))
+        for look in ("plain", "real")
+    }
 
 
-def _take(pools: dict[tuple[bool, str], list], ones: int, several: int, scene: str) -> list:
+def _take(lines: list[dict[str, Any]], ones: int, several: int, scene: str) -> list[dict[str, Any]]:
+    """The first lines of an index that fill the quota."""
     chosen = []
-    for key, number in _quota(ones, several).items():
-        if len(pools[key]) < number:
-            what = f"{'one-object' if key[0] else 'several-object'} {scene} clips of the {key[1]} look"
-            raise InputError(f"the dataset holds {len(pools[key])} {what} with seeds >= {HELD_OUT}, needed are {number}")
-        chosen += pools[key][:number]
+    for (one, look), number in _quota(ones, several).items():
+        fitting = [
+            line
+            for line in lines
+            if line["look"] == look and (sum(bool(item["colour"]) for item in line["objects"]) == 1) == one
+        ]
+        if len(fitting) < number:
+            what = f"{'one-object' if one else 'several-object'} {scene} clips of the {look} look"
+            raise InputError(f"the dataset holds {len(fitting)} {what} with seeds >= {HELD_OUT}; {number} are needed")
+        chosen += fitting[:number]
     return chosen
 
 
@@ -171,7 +180,7 @@ def resized(case: Case, world: orrery.World) -> Case:
     height, width = world.config.resolution
     if case.frames.shape[1:3] != (height, width):
         have = "x".join(map(str, case.frames.shape[1:3]))
-        raise InputError(f"{case.name} is {have}, the model {height}x{width}; leave --data out to render clips that fit")
+        raise InputError(f"{case.name} is {have}, the model {height}x{width}; without --data clips that fit are made")
     if len(case.frames) < world.config.frames:
         raise InputError(f"{case.name} has {len(case.frames)} frames, the model makes {world.config.frames}")
     n = world.config.frames
@@ -217,7 +226,8 @@ def evaluate(case: Case, world: orrery.World, votes: ShapeVotes, empty: np.ndarr
         pictures[latents] = made
         videos = {"model": made, "vae": again, "truth": truth}
         if given:
-            scene = np.concatenate([truth[:given], np.repeat(fit_brightness(empty, truth[0])[None], len(truth) - given, 0)])
+            scene = truth.copy()
+            scene[given:] = fit_brightness(empty, truth[0])
             videos |= {"copy": copy_last(truth, given), "empty": scene}
         entry: dict[str, Any] = {"seconds": round(seconds, 2)}
         for method, frames in videos.items():
@@ -258,8 +268,10 @@ def summarise(records: list[dict], latents: int, method: str) -> dict[str, Any]:
         out["centroid_px"] = float(np.nanmean(table))
         if last.any():
             ratio = table[last, -1] / radii[last, -1]
-            out |= {"last_centroid_px": float(table[last, -1].mean()), "last_centroid_median_px": float(np.median(table[last, -1])),
-                    "last_centroid_radii": float(ratio.mean()), "last_within_radius": float((ratio < 1).mean())}  # fmt: skip
+            out["last_centroid_px"] = float(table[last, -1].mean())
+            out["last_centroid_median_px"] = float(np.median(table[last, -1]))
+            out["last_centroid_radii"] = float(ratio.mean())
+            out["last_within_radius"] = float((ratio < 1).mean())
     return out
 
 
@@ -282,7 +294,8 @@ def gate(summary: dict[str, Any], vae_db: float) -> list[dict[str, Any]]:
     lines += [(f"two latents, one object: dB over {METHODS[n]}", v, ">=", GATE["over_db"]) for n, v in over.items()]
     for name, numbers in (("all clips", whole), ("one object", one["model"])):
         radii = numbers.get("last_centroid_radii", float("inf"))
-        lines.append((f"two latents, {name}: centroid error at the last frame, object radii", radii, "<", GATE["radius"]))
+        what = f"two latents, {name}: centroid error at the last frame, object radii"
+        lines.append((what, radii, "<", GATE["radius"]))
     lines.append(("two latents, all clips: object count kept", whole["count_kept"], ">=", GATE["share"]))
     lines.append(("two latents, all clips: colour right", whole["colour_right"], ">=", GATE["share"]))
     return [{"what": what, "measured": round(float(value), 4), "needed": f"{sign} {bound:g}",
@@ -290,20 +303,26 @@ def gate(summary: dict[str, Any], vae_db: float) -> list[dict[str, Any]]:
             for what, value, sign, bound in lines]  # fmt: skip
 
 
+def gate_line(line: dict[str, Any]) -> str:
+    """One condition of the gate as a line of text."""
+    return f"- {'PASS' if line['passed'] else 'FAIL'}: {line['what']}: {line['measured']:.3g} ({line['needed']})"
+
+
 def provenance() -> dict[str, Any]:
     """Where, when, at which commit and by which command a result was made."""
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+            here = Path(__file__).parent
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout.strip()
 
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0] if models else cpu
+        named = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        cpu = next(named, f":{cpu}").split(":", 1)[1].strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     status = git("status", "--porcelain")
     return {
@@ -320,25 +339,36 @@ def markdown(result: dict[str, Any]) -> str:
     """The result as a page with tables."""
     about, machine = result["made"], result["made"]["machine"]
     dirty = " with uncommitted changes" if about["dirty"] else ""
-    lines = ["# orrery-mini on held-out clips", "",
-             f"Model `{result['model']}` ({result['weights']}); {result['clips']} clips; {about['date']}; commit "
-             f"{about['commit']}{dirty}; {machine['gpu'] or machine['cpu']}, {machine['cores']} cores; torch "
-             f"{about['versions']['torch']}; `{about['command']}`.", "",
-             "Only generated frames are counted. `px`: error of the centroids at the last frame (mean; an object that is "
-             "missing counts as half the picture). `radii`: the same in radii of the true object. `told`: goes the way that "
-             "the caption tells (asked of 0 and 1 latents). `went`: goes the way that the true object goes. The rows `VAE "
-             "ceiling` and `true frames` show what the measurement itself gets wrong.", "", "## Gate", ""]  # fmt: skip
-    lines += [f"- {'PASS' if g['passed'] else 'FAIL'}: {g['what']}: {g['measured']:.3g} ({g['needed']})" for g in result["gate"]]
-    heads = ["clips", "n", "", "PSNR", "SSIM", "px", "radii", "count", "count by frame", "colour", "shape", "told", "went"]
+    made = (
+        f"Model `{result['model']}` ({result['weights']}); {result['clips']} clips; {about['date']}; commit "
+        f"{about['commit']}{dirty}; {machine['gpu'] or machine['cpu']}, {machine['cores']} cores; torch "
+        f"{about['versions']['torch']}; `{about['command']}`."
+    )
+    lines = [
+        "# orrery-mini on held-out clips",
+        "",
+        made,
+        "",
+        LEGEND,
+        "",
+        "## Gate",
+        "",
+        *map(gate_line, result["gate"]),
+    ]
     for latents in GIVEN:
-        lines += ["", f"## Given {latents} latent frame{'s' * (latents != 1)}", "",
-                  "| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]  # fmt: skip
+        lines += ["", f"## Given {latents} latent frame{'s' * (latents != 1)}", ""]
+        lines += ["| " + " | ".join(HEADS) + " |", "| " + " | ".join("---" for _ in HEADS) + " |"]
         for group, methods in result["summary"].items():
             for method, s in methods[str(latents)].items():
                 told = s["told"] if latents < 2 else None
                 shares = [s["count_kept"], s["count_right"], s["colour_right"], s["shape_right"], told, s["went"]]
-                cells = [_cell(s.get("psnr"), ".2f"), _cell(s.get("ssim"), ".3f"), _cell(s.get("last_centroid_px"), ".2f"),
-                         _cell(s.get("last_centroid_radii"), ".2f"), *(_cell(v, ".0%") for v in shares)]  # fmt: skip
+                numbers = [
+                    ("psnr", ".2f"),
+                    ("ssim", ".3f"),
+                    ("last_centroid_px", ".2f"),
+                    ("last_centroid_radii", ".2f"),
+                ]
+                cells = [_cell(s.get(name), form) for name, form in numbers] + [_cell(v, ".0%") for v in shares]
                 lines.append("| " + " | ".join([group, str(s["clips"]), METHODS[method], *cells]) + " |")
     for latents in (1, 2):
         model = result["summary"]["all"][str(latents)]
@@ -356,8 +386,8 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def draw_sheet(path: Path, cases: list[Case], records: list[dict], pictures: list[dict[int, np.ndarray]]) -> list[str]:
-    """Truth above what was generated from 0, 1 and 2 latents, for the best, the middle and the worst clip of each scene by
-    centroid error given two latents; the captions, in order."""
+    """Truth above what was generated from 0, 1 and 2 latents, for the best, the middle and the worst clip of each scene
+    by centroid error given two latents; the captions, in order."""
     columns, gap, chosen = 9, 3, []
     for scene in SCENES:
         mine = [i for i, record in enumerate(records) if record["scene"] == scene]
@@ -384,7 +414,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="a dataset to read clips from; default: MuJoCo makes them")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mini_quality.json")
     options = parser.parse_args()
-    for name, least in (("clips", 2), ("fit", 8), ("seed", 0)):
+    for name, least in (("clips", 2), ("fit", 16), ("seed", 0)):
         if getattr(options, name) < least:
             raise InputError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if options.out.suffix != ".json":
@@ -418,18 +448,24 @@ def main() -> int:
     }
     vae_db = float(np.mean([record["vae"]["psnr"] for record in records]))
     result = {
-        "made": provenance(), "model": world.name, "weights": world.hash, "training": dict(world.config.training),
-        "sampling": vars(world.config.sampling), "clips": len(records), "seconds": round(time.perf_counter() - began, 1),
-        "gate": gate(summary, vae_db), "summary": summary,
-    }  # fmt: skip
-    result["sheet"] = draw_sheet(options.out.with_suffix(".png"), test, records, pictures)
-    result["records"] = records
+        "made": provenance(),
+        "model": world.name,
+        "weights": world.hash,
+        "training": dict(world.config.training),
+        "sampling": vars(world.config.sampling),
+        "clips": len(records),
+        "seconds": round(time.perf_counter() - began, 1),
+        "gate": gate(summary, vae_db),
+        "summary": summary,
+        "sheet": draw_sheet(options.out.with_suffix(".png"), test, records, pictures),
+        "records": records,
+    }
     with atomic_file(options.out.with_suffix(".md")) as partial:
         partial.write_text(markdown(result), encoding="utf-8")
     with atomic_file(options.out) as partial:
-        partial.write_text(json.dumps(result, indent=None, default=str) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(result, default=str) + "\n", encoding="utf-8")
     for line in result["gate"]:
-        print(f"{'PASS' if line['passed'] else 'FAIL'}  {line['what']}: {line['measured']:.3g} ({line['needed']})")
+        print(gate_line(line))
     print(f"{len(records)} clips in {result['seconds']} s; {options.out}, .md, .png")
     return 0
 

@@ -91,7 +91,7 @@ def toml(tree: dict[str, Any]) -> str:
 
 @pytest.fixture
 def write_recipe(dataset: Path, tmp_path: Path) -> Callable[..., Path]:
-    """write_recipe("vae" or "flow", out=..., steps=..., trained=VAE_DIR, **more top-level keys) -> path of a tiny recipe."""
+    """write_recipe("vae" or "flow", out, steps, trained=VAE_DIR, **top-level keys) -> path of a tiny recipe."""
 
     def write(task: str, out: Path, steps: int = 12, trained: Path | None = None, **more: Any) -> Path:
         tree = {"task": task} | run_tables(dataset, out, steps)

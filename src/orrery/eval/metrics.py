@@ -60,7 +60,7 @@ def _window(x: np.ndarray) -> np.ndarray:
 
 
 def copy_last(truth: np.ndarray, given: int) -> np.ndarray:
-    """The prediction that nothing moves: truth [T, H, W, 3] with every frame from `given` on replaced by frame given - 1.
+    """The prediction that nothing moves: truth [T, H, W, 3], from frame `given` on replaced by frame given - 1.
 
     Raises:
         ValueError: given is below 1 or leaves no frame to predict.
@@ -73,7 +73,7 @@ def copy_last(truth: np.ndarray, given: int) -> np.ndarray:
 
 
 def empty_scene(clips: list[np.ndarray], occupied: list[np.ndarray]) -> np.ndarray:
-    """The scene without its objects, [H, W, 3] float32: per pixel the median of all frames in which nothing stands there.
+    """The scene without its objects, [H, W, 3] float32: per pixel the median of the frames where nothing stands.
 
     Args:
         clips: frames [T, H, W, 3] uint8 of clips seen by one camera in one look.

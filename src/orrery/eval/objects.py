@@ -1,8 +1,8 @@
 """Finds the coloured objects of our worlds in pixels alone: where each one is, how large, and of which shape.
 
-A pixel belongs to a colour by its hue and its saturation (shading keeps both, blur lowers the saturation before it turns
-the hue); the pixels of a colour are joined into objects, across gaps as wide as the robot's arm. The shape is a vote among
-the most similar of labelled crops, which are fitted on rendered clips. No simulator, no network.
+A pixel belongs to a colour by its hue and its saturation (shading keeps both, blur lowers the saturation before it
+turns the hue); the pixels of a colour are joined into objects, across gaps as wide as the robot's arm. The shape is a
+vote among the most similar of labelled crops, which are fitted on rendered clips. No simulator, no network.
 """
 
 from collections.abc import Iterable, Mapping
@@ -89,8 +89,8 @@ def detect(frames: np.ndarray) -> list[list[Found]]:
 
 
 def components(masks: np.ndarray, bridge: int) -> np.ndarray:
-    """Labels [T, H, W] int32 of masks [T, H, W] bool: 0 outside, one number for all pixels of a frame that hang together
-    once the mask has grown by `bridge` pixels."""
+    """Labels [T, H, W] int32 of masks [T, H, W] bool: 0 outside, one number for all pixels of a frame that hang
+    together once the mask has grown by `bridge` pixels."""
     grown = masks
     for _ in range(bridge):
         grown = _spread(grown.astype(np.int32)) > 0
@@ -174,5 +174,5 @@ class ShapeVotes:
 
 
 def _features(crop: np.ndarray, relative_radius: float) -> np.ndarray:
-    """A crop as a row; the size in the picture goes with it, because worlds differ in size and in the shapes they hold."""
+    """A crop as a row; the size in the picture goes with it: worlds differ in size and in the shapes they hold."""
     return np.append(crop.ravel(), np.float32(20 * relative_radius))

@@ -91,7 +91,7 @@ PRESETS = {
     "2b": DiTConfig(),
     "14b": DiTConfig(width=5120, depth=36, heads=40),
     "mini": DiTConfig(
-        width=192, depth=6, heads=4, adaln_rank=64, text_dim=256, context_dim=192, padding_mask=False,
+        width=256, depth=7, heads=4, adaln_rank=64, text_dim=256, context_dim=256, padding_mask=False,
         rope_ratios=(1.0, 1.0, 1.0), rope_bf16=False, max_size=(32, 32, 32),
     ),
 }  # fmt: skip

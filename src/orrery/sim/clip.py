@@ -39,9 +39,9 @@ class Episode:
     """One draw of a scene, before it has run.
 
     control(model, data, frame, substep, substeps) is called before every physics step and may return the frame's
-    action; describe(trace, visible) gives the caption, or None to reject this draw: visible [V, n] bool says which things each
-    camera saw (all True when only the physics is asked about). draw_map(model, data, camera, frame, size) draws the
-    world-scenario map [size, size, 3] uint8; `lanes` are its polylines (see Road.polylines).
+    action. describe(trace, visible) gives the caption, or None to reject this draw: visible [V, n] bool says which
+    things each camera saw (all True when only the physics is asked about). draw_map(model, data, camera, frame, size)
+    draws the world-scenario map [size, size, 3] uint8; `lanes` are its polylines (see Road.polylines).
     """
 
     xml: str
@@ -61,10 +61,10 @@ class Clip:
     """A simulated clip with its ground truth; V cameras, T frames, n things.
 
     frames [V, T, H, W, 3] uint8; depth [V, T, H, W] float32 metres (inf: sky); segmentation [V, T, H, W] uint8 (0:
-    none, else 1 + index into `things`); actions [T, A] float32, row t acts between frames t and t + 1; position [T, n, 3] and
-    quaternion [T, n, 4]; intrinsics [V, 3, 3] pixels; extrinsics [V, T, 4, 4] world to camera, OpenCV axes (x right, y
-    down, z forward); map [V, T, H, W, 3] uint8 or None (lanes and boxes as the cameras would see them); lanes
-    the map's polylines in world metres.
+    none, else 1 + index into `things`); actions [T, A] float32, row t acts between frames t and t + 1; position
+    [T, n, 3] and quaternion [T, n, 4]; intrinsics [V, 3, 3] pixels; extrinsics [V, T, 4, 4] world to camera, OpenCV
+    axes (x right, y down, z forward); map [V, T, H, W, 3] uint8 or None (lanes and boxes as the cameras would see
+    them); lanes: the map's polylines in world metres.
     """
 
     scene: str

@@ -117,7 +117,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, task: Task, random: Randomness, device: torch.device) -> None:
         self.recipe, self.task, self.random, self.device = recipe, task, random, device
         self.folder = recipe.out
-        self.optimizers = Optimizers(task.model, task.plain, recipe.optimizer, recipe.steps)
+        self.optimizers = Optimizers(task.model, task.plain, recipe.optimizer, recipe.steps, self.bf16)
         self.ema = EMA(task.model, copy.deepcopy(task.model), recipe.optimizer.ema)
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", recipe.checkpoint.keep)
         self.step = self.skipped = self._skipped_in_a_row = 0

@@ -39,9 +39,17 @@ class Optimizers:
         plain: `plain(name)` says that a matrix belongs to AdamW all the same (embeddings, first and last layers).
         recipe: names, rates, schedule.
         steps: length of the run, for the schedule.
+        bf16: whether Muon may compute in bfloat16.
     """
 
-    def __init__(self, model: nn.Module, plain: Callable[[str], bool], recipe: OptimizerRecipe, steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plain: Callable[[str], bool],
+        recipe: OptimizerRecipe,
+        steps: int,
+        bf16: bool = False,
+    ) -> None:
         self.recipe, self.steps = recipe, steps
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for _, p in named]
@@ -60,7 +68,7 @@ class Optimizers:
             self.all.append(torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, foreach=True))
         if muon and matrices:
             assert recipe.matrix_lr is not None
-            self.all.append(Muon(matrices, recipe.matrix_lr, recipe.momentum, recipe.weight_decay))
+            self.all.append(Muon(matrices, recipe.matrix_lr, recipe.momentum, recipe.weight_decay, bf16))
         self._peaks = [(recipe.matrix_lr if isinstance(o, Muon) else None) or recipe.lr for o in self.all]
 
     def step(self, step: int, loss: Tensor) -> tuple[bool, float]:

@@ -144,7 +144,7 @@ class FlowLossRecipe(_Table):
     conditional_timestep: Annotated[float, Field(ge=0, le=1000)] | None = 0.0  # None: same as the rest
     text_dropout: Fraction = 0.15
     draws: Count = 1  # noise draws a clip and batch
-    midstream: Fraction = 0.0  # share of batches that continue a chunk: without the clip's first latent frame, 1 or 2 given
+    midstream: Fraction = 0.0  # share of batches without the clip's first latent frame: a chunk continued, 1 or 2 given
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> "FlowLossRecipe":

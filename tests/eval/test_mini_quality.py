@@ -1,0 +1,45 @@
+"""The benchmark's arithmetic: means over clips, and the gate."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).parents[2] / "benchmarks" / "mini_quality.py"
+    spec = importlib.util.spec_from_file_location("mini_quality", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(psnr, error, radius=5.0):
+    return {"psnr": [psnr, psnr], "ssim": [0.9, 0.9], "error_px": [[1.0, error]], "radius_px": [[radius, radius]],
+            "count_right": [True, True], "count_kept": True, "colour_right": [True], "shape_right": [True],
+            "told": [], "went": [True]}  # fmt: skip
+
+
+def summary(script, model, copy, empty, error):
+    rows = {"model": row(model, error), "copy": row(copy, 9), "empty": {"psnr": [empty, empty], "ssim": [0.9, 0.9]}}
+    records = [{"given": {"2": rows}}]
+    methods = {m: script.summarise(records, 2, m) for m in rows}
+    return {"all": {"2": methods}, "one object": {"2": methods}}
+
+
+def test_means(script):
+    records = [{"given": {"2": {"model": row(20, 2.0)}}}, {"given": {"2": {"model": row(30, None)}}}]
+    numbers = script.summarise(records, 2, "model")
+    assert numbers["psnr"] == 25 and numbers["psnr_by_frame"] == [25, 25]
+    assert numbers["last_centroid_px"] == 2.0 and numbers["last_centroid_radii"] == pytest.approx(0.4)
+    assert numbers["centroid_px"] == pytest.approx(4 / 3)  # a hidden object is not asked about
+    assert numbers["told"] is None and numbers["count_kept"] == 1.0
+
+
+def test_the_gate_is_passed_only_if_everything_is_good_enough(script):
+    assert all(line["passed"] for line in script.gate(summary(script, 28, 22, 23.5, 4.9), 31.0))
+    beyond = [((28, 24.5, 22, 4.9), 32), ((28, 22, 24.5, 4.9), 32), ((28, 22, 22, 5.1), 32), ((28, 22, 22, 4), 30.9)]
+    for bad, vae in beyond:
+        lines = script.gate(summary(script, *bad), vae)
+        assert 1 <= sum(not line["passed"] for line in lines) <= 2
