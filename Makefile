@@ -33,17 +33,16 @@ lint: $(STAMP)  ## Style, types, and the floors of the house
 	$(BIN)/lint-imports
 
 WORKERS    ?= $(shell nproc 2>/dev/null || echo 2)
-DROP_CLIPS ?= 30000
-PUSH_CLIPS ?= 20000
-HELD_CLIPS ?= 300
+DROP_CLIPS ?= 4320
+PUSH_CLIPS ?= 2460
 SIM        := $(BIN)/orrery sim
 SIM_INTO   := --workers $(WORKERS) --without depth -o data/mini
 
 mini: $(STAMP) gl  ## Make orrery-mini again from nothing: worlds, VAE, transformer (hours without a GPU; resumable)
 	$(SIM) drop --clips $(DROP_CLIPS) $(SIM_INTO)
 	$(SIM) push --clips $(PUSH_CLIPS) $(SIM_INTO)
-	$(SIM) drop --seed 1000000 --clips $(HELD_CLIPS) $(SIM_INTO)
-	$(SIM) push --seed 1000000 --clips $(HELD_CLIPS) $(SIM_INTO)
+	$(SIM) drop --seed 1000000 --clips 240 $(SIM_INTO)
+	$(SIM) push --seed 1000000 --clips 160 $(SIM_INTO)
 	$(BIN)/orrery train recipes/mini-vae.toml
 	$(BIN)/orrery train recipes/mini-dit.toml
 	$(BIN)/orrery train recipes/mini-dit.toml --export src/orrery/weights/mini

@@ -24,6 +24,11 @@ def test_an_empty_floor_and_a_speck_are_no_objects(paint):
     assert detect(paint([[], [("red", 30, 30, 1.2)]])) == [[], []]
 
 
+def test_noise_is_no_object():
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3)).astype(np.uint8)
+    assert detect(noise) == [[], [], []]
+
+
 def test_two_of_one_colour_are_two_but_an_arm_across_one_is_not(paint):
     frames = paint([[("blue", 15, 30, 6), ("blue", 45, 30, 7)], [("blue", 30, 30, 8)]])
     frames[1, :, 28:32] = (240, 240, 240)

@@ -34,8 +34,8 @@ def test_gram_form_equals_the_plain_iteration() -> None:
 
 def test_muon_update_has_adams_size_and_goes_downhill() -> None:
     torch.manual_seed(2)
-    target = torch.randn(20, 3, 3, 2)
-    weight = nn.Parameter(torch.zeros(20, 3, 3, 2))
+    target = torch.randn(20, 3, 2, 3)
+    weight = nn.Parameter(torch.zeros(20, 3, 2, 3))
     optimizer = Muon([weight], lr=0.05)
     losses = []
     for step in range(120):

@@ -22,6 +22,7 @@ COLOURS: Mapping[str, tuple[float, float, float]] = {
 SHAPES = ("ball", "cube", "cylinder")
 LEAST_CHROMA = 0.13  # of 1
 LEAST_AREA = 12.0  # pixels at 64 x 64: fewer are no object
+LEAST_FILL = 0.3  # of its bounding box: a scatter of coloured pixels is no object
 BRIDGE = 3  # pixels at 64 x 64: parts of one colour nearer than twice this are one object, cut by the arm
 CROP = 12  # a crop for the shape vote is CROP x CROP
 NEIGHBOURS = 9
@@ -83,8 +84,9 @@ def detect(frames: np.ndarray) -> list[list[Found]]:
         for t, label in zip(present, labels, strict=True):
             ids, areas = np.unique(label[label > 0], return_counts=True)
             for which in np.argsort(-areas):
-                if areas[which] >= LEAST_AREA * scale**2:
-                    found[t].append(_found(colour, label == ids[which], frames[t]))
+                mask = label == ids[which]
+                if areas[which] >= LEAST_AREA * scale**2 and _fill(mask) >= LEAST_FILL:
+                    found[t].append(_found(colour, mask, frames[t]))
     return found
 
 
@@ -109,6 +111,12 @@ def _spread(x: np.ndarray) -> np.ndarray:
         n = x.shape[axis]
         x = np.maximum(np.maximum(padded.take(range(n), axis), padded.take(range(2, n + 2), axis)), x)
     return x
+
+
+def _fill(mask: np.ndarray) -> float:
+    """The share of its bounding box that a mask fills."""
+    y, x = np.nonzero(mask)
+    return len(y) / ((np.ptp(y) + 1) * (np.ptp(x) + 1))
 
 
 def _found(colour: str, mask: np.ndarray, frame: np.ndarray) -> Found:

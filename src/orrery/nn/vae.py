@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,8 @@ class Encoder(nn.Module):
         x = self.conv1(x, stream)
         for layer in [*self.downsamples, *self.middle]:
             x = layer(x, stream)
-        return self.head["2"](self.head["0"].silu(x), stream)
+        head = cast("dict[str, Any]", self.head)
+        return head["2"](head["0"].silu(x), stream)
 
 
 class Decoder(nn.Module):
@@ -180,7 +182,8 @@ class Decoder(nn.Module):
         x = self.conv1(x, stream)
         for layer in [*self.middle, *self.upsamples]:
             x = layer(x, stream)
-        return self.head["2"](self.head["0"].silu(x), stream)
+        head = cast("dict[str, Any]", self.head)
+        return head["2"](head["0"].silu(x), stream)
 
 
 def _residual_blocks(inputs: int, width: int, count: int, factorised: bool) -> list[nn.Module]:

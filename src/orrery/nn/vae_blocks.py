@@ -13,6 +13,7 @@ x is the whole clip. Equations: specification of the base model, section 3.
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ class _NormSiLU(torch.autograd.Function):
     """SiLU(gamma * x / rms(x)) over the last dimension, with a hand-written backward (half the time of autograd's)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gamma: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor) -> Tensor:
         wide = x.float()
         scale = _inverse_rms(wide)
         unit = wide * scale
@@ -109,7 +110,7 @@ class _NormSiLU(torch.autograd.Function):
         return F.silu(unit * gamma).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         unit, scale, gamma = ctx.saved_tensors
         grad_normed = torch.ops.aten.silu_backward(grad.float(), unit * gamma)
         grad_gamma = (grad_normed * unit).flatten(0, -2).sum(0)
@@ -154,20 +155,21 @@ class ResidualBlock(nn.Module):
         super().__init__()
         first, second = ((1, 3, 3), (3, 1, 1)) if factorised else ((3, 3, 3), (3, 3, 3))
         # Numbered as in the published files, where 1, 4 are activations and 5 is a dropout.
+        last = CausalConv3d(outputs, outputs, second)
+        last.reset_parameters(gain=0.3)  # close to identity, yet no dead gradient at the first step
         self.residual = nn.ModuleDict(
             {
                 "0": ChannelNorm(inputs),
                 "2": CausalConv3d(inputs, outputs, first),
                 "3": ChannelNorm(outputs),
-                "6": CausalConv3d(outputs, outputs, second),
+                "6": last,
             }
         )
-        self.residual["6"].reset_parameters(gain=0.3)  # close to identity, yet no dead gradient at the first step
         self.shortcut = CausalConv3d(inputs, outputs, (1, 1, 1)) if inputs != outputs else None
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """x [T, B, H, W, inputs] -> [T, B, H, W, outputs]."""
-        part = self.residual
+        part = cast("dict[str, Any]", self.residual)
         h = part["2"](part["0"].silu(x), stream)
         h = part["6"](part["3"].silu(h), stream)
         return h + (x if self.shortcut is None else self.shortcut(x))
@@ -182,7 +184,8 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """x [T, B, H, W, C] -> the same shape; frames do not mix, hence nothing is kept in the stream."""

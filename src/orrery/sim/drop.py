@@ -1,10 +1,11 @@
 """`drop`: balls, cubes and cylinders fall, bounce, roll, slide and collide in a tray five metres wide.
 
-Lengths are chosen so that a fall takes 6 to 8 frames at 12 fps under true gravity. The caption says what the physics did,
-not what was intended: a clip whose motion has no clear word is drawn again.
+Lengths are chosen so that a fall takes 6 to 8 frames at 12 fps under true gravity. The caption says what the physics
+did, not what was intended: a clip whose motion has no clear word is drawn again.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -25,7 +26,8 @@ def build(rng: np.random.Generator, look: Look, frames: int) -> Episode:
     things, bodies, velocity = [], "", []
     for i in range(n):
         shape = str(rng.choice(["ball", "cube", "cylinder"], p=[0.5, 0.3, 0.2]))
-        mode = str(rng.choice(["fall", "throw", "push", "rest"], p=[0.4, 0.25, 0.35, 0] if i == 0 else [0.25, 0.1, 0.15, 0.5]))
+        odds = [0.4, 0.25, 0.35, 0] if i == 0 else [0.25, 0.1, 0.15, 0.5]
+        mode = str(rng.choice(["fall", "throw", "push", "rest"], p=odds))
         radius = float(rng.uniform(0.5, 0.64))
         height = {"ball": radius, "cube": 0.85 * radius, "cylinder": radius}[shape]
         x, y = float(places[i]), float(rng.uniform(-0.5, 0.5))
@@ -34,7 +36,8 @@ def build(rng: np.random.Generator, look: Look, frames: int) -> Episode:
         if mode == "fall":
             z = float(rng.uniform(1.9, 3.0))
         elif mode == "throw":
-            z, v = float(rng.uniform(1.0, 1.9)), (side * float(rng.uniform(1.8, 3.4)), 0.0, float(rng.uniform(0.8, 3.2)))
+            z = float(rng.uniform(1.0, 1.9))
+            v = (side * float(rng.uniform(1.8, 3.4)), 0.0, float(rng.uniform(0.8, 3.2)))
         elif mode == "push":
             speed = side * float(rng.uniform(2.4, 4.6))
             v, spin = (speed, 0.0, 0.0), (0.0, speed / radius if shape == "ball" else 0.0, 0.0)
@@ -57,7 +60,8 @@ def build(rng: np.random.Generator, look: Look, frames: int) -> Episode:
         data.qvel[:] = np.concatenate(velocity)
 
     assets, files = look.assets()
-    return Episode(_xml(look, assets, bodies, bouncy), files, tuple(things), ("front",), _describer(things, look), start=start)
+    xml = _xml(look, assets, bodies, bouncy)
+    return Episode(xml, files, tuple(things), ("front",), _describer(things, look), start=start)
 
 
 def _xml(look: Look, assets: str, bodies: str, bouncy: bool) -> str:
@@ -66,7 +70,9 @@ def _xml(look: Look, assets: str, bodies: str, bouncy: bool) -> str:
     solref = f"-{stiffness} -{2 * math.sqrt(stiffness) * ratio}"
     w, d, h = HALF_WIDTH, HALF_DEPTH, WALL
     boards = ((-w - 0.12, 0, 0.12, d + 0.24), (w + 0.12, 0, 0.12, d + 0.24), (0, d + 0.12, w, 0.12))
-    walls = "".join(f'<geom type="box" pos="{x} {y} {h}" size="{a} {b} {h}" rgba=".75 .68 .6 1"/>' for x, y, a, b in boards)
+    walls = "".join(
+        f'<geom type="box" pos="{x} {y} {h}" size="{a} {b} {h}" rgba=".75 .68 .6 1"/>' for x, y, a, b in boards
+    )
     guards = "".join(  # invisible planes keep everything over the tray
         f'<geom type="plane" pos="{x} {y} 0" size="9 9 1" zaxis="{a} {b} 0" rgba="0 0 0 0" friction="0 0 0"/>'
         for x, y, a, b in ((-w, 0, 1, 0), (w, 0, -1, 0), (0, d, 0, -1), (0, -d, 0, 1))
@@ -81,14 +87,14 @@ def _xml(look: Look, assets: str, bodies: str, bouncy: bool) -> str:
 <camera name="front" pos="0 -6.4 3.3" xyaxes="1 0 0 0 .3 .954" fovy="42"/></worldbody></mujoco>"""
 
 
-def _describer(things: list[Thing], look: Look):
+def _describer(things: list[Thing], look: Look) -> Callable[[Trace, np.ndarray], str | None]:
     def describe(trace: Trace, visible: np.ndarray) -> str | None:
         verbs = [_verb(trace, i, thing) for i, thing in enumerate(things)]
         if None in verbs or not visible.all() or not _in_view(trace):
             return None
         if all(v == "stands still" for v in verbs):
             return None
-        first = {}
+        first: dict[tuple[int, int], int] = {}
         for frame, i, j in sorted(trace.contacts):
             first.setdefault((i, j), frame)
         phrases = []

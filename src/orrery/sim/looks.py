@@ -1,6 +1,6 @@
-"""The two looks of every world: `plain` (flat colours, even light) and `real` (textures, sky, warm light, a noisy camera).
+"""The two looks of every world: `plain` (flat colours, even light) and `real` (textures, warm light, a noisy camera).
 
-A look never touches the physics: one seed gives the same motion in both, so pairs for Sim2Real are made by asking twice.
+A look never touches the physics: one seed moves the same in both, so pairs for Sim2Real are made by asking twice.
 Lights are symmetric about x = 0, so a mirrored clip is a clip of the same world.
 """
 
@@ -52,11 +52,13 @@ class Look:
     def assets(self) -> tuple[str, dict[str, bytes]]:
         """MJCF assets of this look (the same for every draw of it, so a GL context can be kept) and their files."""
         if self.name == "plain":
-            return '<texture type="skybox" builtin="gradient" rgb1=".75 .85 .95" rgb2=".95 .97 1" width="32" height="32"/>', {}
+            sky = 'builtin="gradient" rgb1=".75 .85 .95" rgb2=".95 .97 1" width="32" height="32"'
+            return f'<texture type="skybox" {sky}/>', {}
         files = {f"{name}.png": _texture(name) for name in (*FLOORS, "speckle")}
         xml = '<texture type="skybox" builtin="gradient" rgb1=".36 .52 .75" rgb2=".93 .85 .74" width="32" height="32"/>'
         for name in FLOORS:
-            xml += f'<texture name="{name}" type="2d" file="{name}.png"/><material name="{name}" texture="{name}" texrepeat="1 1"/>'
+            xml += f'<texture name="{name}" type="2d" file="{name}.png"/>'
+            xml += f'<material name="{name}" texture="{name}" texrepeat="1 1"/>'
         xml += '<texture name="speckle" type="cube" file="speckle.png" gridsize="1 1"/>'
         xml += '<material name="speckle" texture="speckle" specular=".6" shininess=".6"/>'
         return xml, files
@@ -99,7 +101,8 @@ class Look:
         if self.name == "plain":
             return f'<light pos="0 {-0.4 * h} {h}" dir="0 .38 -1" diffuse=".7 .7 .7" specular=".1 .1 .1"/>'
         d = f"{0.8 * b:g} {0.76 * b:g} {0.68 * b:g}"
-        return f'<light pos="0 {-0.2 * h} {h}" dir="0 .2 -1" diffuse="{d}" specular=".4 .4 .4" cutoff="60" exponent="4"/>'
+        beam = 'specular=".4 .4 .4" cutoff="60" exponent="4"'
+        return f'<light pos="0 {-0.2 * h} {h}" dir="0 .2 -1" diffuse="{d}" {beam}/>'
 
     def headlight(self) -> str:
         """The even light that comes from the camera."""
@@ -125,7 +128,8 @@ def _texture(name: str, size: int = 128) -> bytes:
     from PIL import Image
 
     rng = np.random.default_rng(sum(map(ord, name)))
-    grains = {"wood": (2, 10), "concrete": (4, 4), "speckle": (12, 12), "asphalt": (24, 24), "grass": (9, 9), "facade": (6, 6)}
+    grains = {"wood": (2, 10), "concrete": (4, 4), "speckle": (12, 12)}
+    grains |= {"asphalt": (24, 24), "grass": (9, 9), "facade": (6, 6)}
     grain = grains[name]
     bases = {"wood": (150, 104, 66), "concrete": (142, 140, 136), "speckle": (238, 238, 238)} | {
         "asphalt": (235, 235, 238), "grass": (225, 225, 210), "facade": (232, 230, 226)}  # fmt: skip

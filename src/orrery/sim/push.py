@@ -5,6 +5,7 @@ The caption names the block that moved and the way that it moved, both read from
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -62,9 +63,8 @@ def build(rng: np.random.Generator, look: Look, frames: int) -> Episode:
 
     assets, files = look.assets()
     xml = _xml(look, assets, bodies)
-    return Episode(
-        xml, files, tuple(things), ("front",), _describer(things, look), ("peg_velocity_x", "peg_velocity_y"), start, control
-    )
+    actions = ("peg_velocity_x", "peg_velocity_y")
+    return Episode(xml, files, tuple(things), ("front",), _describer(things, look), actions, start, control)
 
 
 def _places(rng: np.random.Generator, n: int) -> list[np.ndarray]:
@@ -96,7 +96,8 @@ def _xml(look: Look, assets: str, bodies: str) -> str:
 <geom type="plane" pos="0 0 -.6" size="6 6 .1" rgba=".42 .44 .48 1"/>
 <geom type="box" pos="0 0 -.05" size="{TABLE[0]} {TABLE[1]} .05" {look.surface(".6 .58 .53 1")}/>
 <body name="arm" pos="{BASE[0]} {BASE[1]} .38"><geom type="cylinder" pos="0 0 -.23" size=".13 .2" rgba=".25 .25 .28 1"/>
- <body name="upper"><joint name="shoulder" axis="0 0 1" damping="2"/><geom type="capsule" fromto="0 0 0 {UPPER} 0 0" size=".045" {link}/>
+ <body name="upper"><joint name="shoulder" axis="0 0 1" damping="2"/>
+  <geom type="capsule" fromto="0 0 0 {UPPER} 0 0" size=".045" {link}/>
   <body name="fore" pos="{UPPER} 0 0"><joint name="elbow" axis="0 0 1" damping="2"/>
    <geom type="sphere" size=".065" rgba=".3 .3 .35 1" contype="0" conaffinity="0"/>
    <geom type="capsule" fromto="0 0 0 {FORE} 0 0" size=".038" {link}/>
@@ -105,11 +106,12 @@ def _xml(look: Look, assets: str, bodies: str) -> str:
 <actuator><position joint="shoulder" kp="400"/><position joint="elbow" kp="400"/></actuator></mujoco>"""
 
 
-def _describer(things: list[Thing], look: Look):
+def _describer(things: list[Thing], look: Look) -> Callable[[Trace, np.ndarray], str | None]:
     def describe(trace: Trace, visible: np.ndarray) -> str | None:
         blocks = range(len(things) - 1)
         move = trace.position[-1, :-1] - trace.position[0, :-1]
-        on_table = (np.abs(trace.position[:, :-1, :2]) < np.array(TABLE)).all() and (trace.position[:, :-1, 2] > 0.05).all()
+        place = trace.position[:, :-1]
+        on_table = (np.abs(place[..., :2]) < np.array(TABLE)).all() and (place[..., 2] > 0.05).all()
         x, y = move[0, :2]
         if math.hypot(x, y) < MOVED or not visible.all() or not on_table:
             return None
