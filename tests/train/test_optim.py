@@ -47,7 +47,7 @@ def test_muon_update_has_adams_size_and_goes_downhill() -> None:
             # 18 singular values near 1 in a 20x18 matrix: rms = sqrt(18 / 360) = 0.22, times 0.2 sqrt(20) = 0.2
             assert 0.12 < float((weight.detach() - before).square().mean().sqrt()) / 0.05 < 0.26
         weight.grad = None
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.1 * losses[0]
 
 

@@ -75,9 +75,9 @@ def parse_caption(caption: str) -> tuple[Phrase, ...]:
 
 
 def true_tracks(segmentation: np.ndarray, colours: Mapping[int, str]) -> dict[str, Track]:
-    """The tracks of objects by colour. segmentation [T, H, W]; colours: segmentation id -> colour. Fewer pixels than a
-    detector could find count as not seen."""
-    least = LEAST_AREA * scale_of(*segmentation.shape[1:]) ** 2
+    """The tracks of objects by colour. segmentation [T, H, W]; colours: segmentation id -> colour. So few pixels that a
+    detector may miss them count as not seen."""
+    least = 2 * LEAST_AREA * scale_of(*segmentation.shape[1:]) ** 2
     y, x = np.indices(segmentation.shape[1:])
     tracks = {}
     for number, colour in colours.items():

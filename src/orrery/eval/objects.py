@@ -62,8 +62,17 @@ def colour_masks(frames: np.ndarray) -> dict[str, np.ndarray]:
     masks = {}
     for name, (start, end, least) in COLOURS.items():
         turned = (hue - start) % 360
-        masks[name] = (turned <= end - start) & (saturation >= least) & (chroma >= LEAST_CHROMA)
+        masks[name] = _dense((turned <= end - start) & (saturation >= least) & (chroma >= LEAST_CHROMA))
     return masks
+
+
+def _dense(masks: np.ndarray) -> np.ndarray:
+    """masks [T, H, W] bool without the pixels that fewer than 4 of their 3 x 3 neighbourhood support: a corner of a
+    square has 4; the bright grain of wood, which is nearly yellow, has fewer."""
+    height, width = masks.shape[1:]
+    padded = np.pad(masks, [(0, 0), (1, 1), (1, 1)]).astype(np.uint8)
+    around = sum(padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3))
+    return masks & (around >= 4)
 
 
 def detect(frames: np.ndarray) -> list[list[Found]]:

@@ -92,9 +92,11 @@ class FlowTask:
         self.order = ShuffledOrder(len(train), recipe.seed)
         text = self.model.get_submodule("text")
         assert isinstance(text, TextEncoder)
-        self.tokens = [
-            text.tokenize([pair[m] for pair in self.cache.captions]) for m in range(self.cache.latents.shape[1])
-        ]
+        sides = range(self.cache.latents.shape[1])
+        whole = [[pair[side] for pair in self.cache.captions] for side in sides]
+        short = [[caption.rpartition(", ")[0] or caption for caption in captions] for captions in whole]
+        # [cut, side, clip, L]
+        self.tokens = torch.stack([torch.stack([text.tokenize(c) for c in group]) for group in (whole, short)])
         self.held_tokens = text.tokenize([pair[0] for pair in self.held.captions])
         self.fps = heldout.entries[0].fps
 
@@ -142,7 +144,8 @@ class FlowTask:
         indices = np.array(self.order.take(self.recipe.batch))
         sides = rng.integers(0, self.cache.latents.shape[1], len(indices))
         x0 = self.cache.latents[indices, sides].float().repeat_interleave(recipe.draws, dim=0)
-        tokens = torch.stack([self.tokens[side][index] for index, side in zip(indices, sides, strict=True)])
+        cut = (rng.random(len(indices)) < recipe.caption_cut).astype(int)
+        tokens = self.tokens[cut, sides, indices]
         samples = len(x0)
         condition = recipe.condition
         if rng.random() < recipe.midstream:

@@ -143,6 +143,7 @@ class FlowLossRecipe(_Table):
     condition: tuple[Fraction, Fraction, Fraction] = (0.3, 0.35, 0.35)  # P(0, 1, 2 given latent frames)
     conditional_timestep: Annotated[float, Field(ge=0, le=1000)] | None = 0.0  # None: same as the rest
     text_dropout: Fraction = 0.15
+    caption_cut: Fraction = 0.0  # share of captions without their last clause (it names the look of our worlds)
     draws: Count = 1  # noise draws a clip and batch
     midstream: Fraction = 0.0  # share of batches without the clip's first latent frame: a chunk continued, 1 or 2 given
 

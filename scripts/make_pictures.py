@@ -1,0 +1,106 @@
+"""The pictures of README.md: `python scripts/make_pictures.py [--model mini] [--into docs/images]`.
+
+hero.gif: above, worlds from words alone; below, what MuJoCo did, and what the model says after the first 5 frames.
+failure.png: one such pair that went wrong. worlds.png: the three scenes with their ground truth. Prompts and seeds are written below; the seeds are held out from training.
+"""
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import orrery
+from orrery.files import atomic_file
+from orrery.sim import simulate
+from orrery.sim.store import PALETTE
+from orrery.video import Video
+
+WORDS = (
+    ("a red ball falls and bounces, plain look", 1),
+    ("a blue cube slides to the right, realistic look", 1),
+    ("a robot arm pushes the green cube to the left, plain look", 1),
+    ("a robot arm pushes the red cylinder closer, realistic look", 1),
+)
+HELD = (("drop", 1_000_002), ("drop", 1_000_005), ("push", 1_000_001), ("push", 1_000_006))
+FAILURE = ("push", 1_000_003)
+TILE, GAP, TEXT, GIVEN = 160, 6, 34, 5
+PAPER, INK = (250, 250, 248), (30, 30, 34)
+
+
+def beside_truth(world: orrery.World, scene: str, seed: int) -> tuple[str, Video, Video]:
+    """Caption, MuJoCo's clip, and the model's after its first 5 frames."""
+    clip = simulate(scene, seed, size=world.config.resolution[0], frames=world.config.frames)
+    truth = Video(clip.frames[0], clip.fps)
+    return clip.caption, truth, world.generate(clip.caption, start=truth[:GIVEN], seed=0)
+
+
+def worlds(size: int = 96, columns: int = 8) -> Image.Image:
+    """Each scene in both looks, then what is true about the second."""
+    rows = []
+    for scene, seed in (("drop", 1_000_004), ("push", 1_000_001), ("drive", 1_000_003)):
+        plain, real = (simulate(scene, seed, look, size) for look in ("plain", "real"))
+        picks = np.linspace(0, plain.frames.shape[1] - 1, columns).round().astype(int)
+        rows += [np.concatenate(list(clip.frames[0, picks]), axis=1) for clip in (plain, real)]
+        assert real.depth is not None and real.segmentation is not None
+        near = 1 / real.depth[0, picks]
+        rows.append(np.concatenate(list(np.repeat((255 * np.sqrt(near / near.max()))[..., None], 3, -1)), axis=1))
+        rows.append(np.concatenate(list(PALETTE[real.segmentation[0, picks] % len(PALETTE)]), axis=1))
+        if real.map is not None:
+            rows.append(np.concatenate(list(real.map[0, picks]), axis=1))
+    return Image.fromarray(np.concatenate([row.astype(np.uint8) for row in rows]))
+
+
+def label(text: str, width: int, height: int = TEXT) -> np.ndarray:
+    """Text on paper, wrapped: [height, width, 3]."""
+    image = Image.new("RGB", (width, height), PAPER)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    draw.multiline_text((2, 2), textwrap.fill(text, width // 6), INK, font=font, spacing=1)
+    return np.asarray(image)
+
+
+def tiles(videos: list[Video], captions: list[str], column: str) -> list[np.ndarray]:
+    """One row of the picture for every frame: a name on the left, videos with captions above them."""
+    name = label(column, 74, TILE + TEXT)
+    rows = []
+    for t in range(len(videos[0])):
+        parts = [name]
+        for video, caption in zip(videos, captions, strict=True):
+            picture = np.asarray(Image.fromarray(video.frames[t]).resize((TILE, TILE), Image.Resampling.BICUBIC))
+            gap = np.full((TILE + TEXT, GAP, 3), PAPER, np.uint8)
+            parts += [np.concatenate([label(caption, TILE), picture]), gap]
+        rows.append(np.concatenate(parts, axis=1))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--into", type=Path, default=Path("docs/images"))
+    options = parser.parse_args()
+    world = orrery.load(options.model)
+    spoken = [world.generate(prompt, seed=seed) for prompt, seed in WORDS]
+    held = [beside_truth(world, *which) for which in HELD]
+    rows = [
+        tiles(spoken, [prompt for prompt, _ in WORDS], "from words"),
+        tiles([truth for _, truth, _ in held], [caption for caption, _, _ in held], "MuJoCo"),
+        tiles([video for _, _, video in held], [""] * len(held), "Orrery,\nafter the\nfirst 5\nframes"),
+    ]
+    frames = [Image.fromarray(np.concatenate(parts)) for parts in zip(*rows, strict=True)]
+    durations = [84] * (len(frames) - 1) + [900]
+    with atomic_file(options.into / "hero.gif") as path:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+    caption, truth, video = beside_truth(world, *FAILURE)
+    picks = np.linspace(0, len(truth) - 1, 6).round().astype(int)
+    lines = [np.concatenate(list(v.frames[picks]), axis=1) for v in (truth, video)]
+    sheet = Image.fromarray(np.concatenate(lines)).resize((6 * 128, 2 * 128), Image.Resampling.NEAREST)
+    with atomic_file(options.into / "failure.png") as path:
+        sheet.save(path)
+    with atomic_file(options.into / "worlds.png") as path:
+        worlds().save(path)
+    print(f"{options.into}/hero.gif, worlds.png, failure.png ({caption})")
+
+
+if __name__ == "__main__":
+    main()
