@@ -1,7 +1,8 @@
 """The pictures of README.md: `python scripts/make_pictures.py [--model mini] [--into docs/images]`.
 
 hero.gif: above, worlds from words alone; below, what MuJoCo did, and what the model says after the first 5 frames.
-failure.png: one such pair that went wrong. worlds.png: the three scenes with their ground truth. Prompts and seeds are written below; the seeds are held out from training.
+failure.png: one such pair that went wrong. worlds.png: the three scenes with their ground truth. Prompts and seeds are
+written below; the seeds are held out from training.
 """
 
 import argparse

@@ -56,3 +56,14 @@ def test_bad_values_are_named_and_nothing_is_written(words, named, tmp_path):
     assert isinstance(result.exception, InputError) and result.exception.exit_code == 2
     assert named in str(result.exception) and "\n" not in str(result.exception)
     assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_single_clip_can_leave_truth_out(tmp_path):
+    assert invoke("drop", "--size", 16, "--frames", 5, "--without", "depth", "-o", tmp_path / "a").exit_code == 0
+    assert (tmp_path / "a/segmentation.npz").is_file() and not (tmp_path / "a/depth.npz").exists()
+
+
+def test_a_place_that_is_taken_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("orrery.sim.simulate.simulate", lambda *_: pytest.fail("simulated first"))
+    (tmp_path / "file").write_text("x")
+    assert isinstance(invoke("drop", "-o", tmp_path / "file").exception, InputError)

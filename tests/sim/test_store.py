@@ -95,7 +95,7 @@ def test_a_dataset_resumes_and_mends_its_index(tmp_path):
     index = tmp_path / "index.jsonl"
     lines = index.read_text().splitlines(keepends=True)
     index.write_text(lines[0] + lines[1][:40])  # the last line was cut off in the middle
-    stale = tmp_path / ".drop-0000002.999.partial"
+    stale = tmp_path / ".drop-0000002.99999999.partial"
     stale.mkdir()
     assert store.write_dataset(tmp_path, "drop", range(4), **SMALL) == 2
     assert sorted(ids(tmp_path)) == [f"drop-{i:07d}" for i in range(4)] and not stale.exists()
@@ -139,3 +139,67 @@ def test_workers_make_the_same_clips(tmp_path):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(InputError, match="size 5"):
         store.write_dataset(tmp_path / "bad", "drop", range(1), size=5)
+
+
+@pytest.mark.parametrize("pause", [0.0, 1.0])  # while the workers start; while they work
+def test_ctrl_c_ends_all_workers_at_once(tmp_path, pause):
+    program = (
+        "from orrery.cli.main import main\n"
+        "if __name__ == '__main__':\n"
+        f"    main(['sim', 'drop', '--clips', '300', '--workers', '2', '--size', '16', '-o', {str(tmp_path / 'd')!r}])\n"
+    )
+    (tmp_path / "run.py").write_text(program)
+    child = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (list((tmp_path / "d").glob("drop-*")) if pause else (tmp_path / "d").is_dir()):
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(pause)
+        os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the parent and to its workers
+        error = child.communicate(timeout=60)[1]
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+    assert (child.returncode, error.strip()) == (130, "orrery: error: stopped")
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left
+        os.killpg(child.pid, 0)
+    assert not list((tmp_path / "d").glob(".*partial"))
+
+
+def test_what_another_command_is_writing_is_left_alone(tmp_path):
+    ours, dead = tmp_path / f".drop-0000009.{os.getpid()}.partial", tmp_path / ".drop-0000008.99999999.partial"
+    ours.mkdir()
+    dead.mkdir()
+    store.write_dataset(tmp_path, "drop", range(1), **SMALL)
+    assert ours.is_dir() and not dead.exists()
+
+
+@pytest.mark.parametrize("other", [{"size": 32, "frames": 9}, {"size": 16, "frames": 13}, SMALL | {"look": "real"}])
+def test_clips_of_another_kind_are_not_taken_for_those_asked_for(tmp_path, other):
+    store.write_dataset(tmp_path, "drop", range(1), look="plain", **SMALL)
+    with pytest.raises(InputError, match="drop-0000000 is there already with"):
+        store.write_dataset(tmp_path, "drop", range(2), **other)
+    assert store.write_dataset(tmp_path, "drop", range(1), look="plain", **SMALL) == 0
+    assert ids(tmp_path) == ["drop-0000000"]
+
+
+def test_bad_options_make_no_folder(tmp_path):
+    for options in ({"look": "ugly"}, {"size": 5}, {"frames": 1}):
+        with pytest.raises(InputError):
+            store.write_dataset(tmp_path / "d", "drop", range(2), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_place_of_a_clip_may_be_the_working_directory(clip, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    store.write_clip(clip("drop", 0, "plain"), ".", sheet=False)
+    assert (tmp_path / "here/rgb.mp4").is_file() and [p.name for p in tmp_path.iterdir()] == ["here"]

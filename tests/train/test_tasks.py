@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,3 +215,26 @@ def test_skipped_steps_are_counted_and_a_hopeless_run_gives_up(
         trainer.run()
     assert trainer.skipped == 50 and trainer.ema.updates == 0
     assert all(torch.equal(value, trainer.ema.model.state_dict()[name]) for name, value in weights.items())
+
+
+def test_flow_batch_may_continue_a_chunk_and_cut_the_last_clause(
+    tmp_path: Path, tiny_vae: Path, dataset: Path, write_recipe: Callable[..., Path]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    index = (data / "index.jsonl").read_text().replace(' left"', ' left, plain look"')
+    (data / "index.jsonl").write_text(index.replace(' right"', ' right, plain look"'))
+    recipe = write_recipe(
+        "flow", tmp_path / "run", 1, tiny_vae, batch=8, data={"root": str(data)}, loss={"midstream": 1.0}
+    )
+    batch = opened(recipe).task.batch()
+    assert batch.x0.shape == (16, 16, 1, 2, 2) and batch.noise.shape == batch.x0.shape
+    task = opened(write_recipe("flow", tmp_path / "b", 1, tiny_vae, batch=8, data={"root": str(data)})).task
+    assert isinstance(task, FlowTask)
+    whole = {task.tokenizer.decode(row.tolist()) for row in task.batch().tokens}
+    cut = write_recipe(
+        "flow", tmp_path / "c", 1, tiny_vae, batch=8, data={"root": str(data)}, loss={"caption_cut": 1.0}
+    )
+    short = {task.tokenizer.decode(row.tolist()) for row in opened(cut).task.batch().tokens}
+    assert all("plain look" in text for text in whole)
+    assert not any("look" in text for text in short) and all("square moves" in text for text in short)

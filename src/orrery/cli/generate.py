@@ -39,8 +39,10 @@ def run(
     Example: orrery generate "a red ball falls and bounces" --seed 1 -o ball.mp4
     """
     from orrery.cli.outputs import check_output, companions, generate_to
+    from orrery.weights import find_model
 
     check_output(output, start, scale)
+    find_model(model)
     options: dict[str, Any] = dict(
         start=start, seed=seed, steps=steps, guidance=guidance, frames=frames, size=_size(size)
     )

@@ -68,7 +68,7 @@ def orrery(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit code 0; or one line on stderr and 2 for a wrong input, 1 for another error we know."""
+    """Entry point. Exit code 0; or one line on stderr and 2 for a wrong input, 1 for another known error, 130 for Ctrl-C."""
     warnings.showwarning = _show_warning
     command = typer.main.get_command(app)
     try:
@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if usage is None:
             raise
         _fail(*usage)
+    if code == 130:  # what newer versions of typer make of Ctrl-C
+        _fail("stopped", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

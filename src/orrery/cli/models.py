@@ -26,9 +26,11 @@ def run(
 
 def describe(model: str) -> None:
     """Print what a model's folder says about it."""
-    from orrery.weights import find_model, load_model, model_hash
+    from orrery.weights import find_model
 
-    folder = find_model(model)
+    folder = find_model(model)  # a wrong name is told before torch is imported
+    from orrery.weights import load_model, model_hash
+
     loaded = load_model(folder)
     config, sampling = loaded.config, loaded.config.sampling
     height, width = config.resolution

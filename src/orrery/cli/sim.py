@@ -17,7 +17,7 @@ def run(
     frames: Annotated[int, typer.Option(help="frames a clip, 12 a second")] = 17,
     clips: Annotated[int | None, typer.Option(help="write a dataset of so many clips, seeds counting up")] = None,
     workers: Annotated[int, typer.Option(help="processes that make a dataset")] = 1,
-    without: Annotated[str, typer.Option(help="ground truth to leave out of a dataset: depth,segmentation")] = "",
+    without: Annotated[str, typer.Option(help="ground truth to leave out: depth,segmentation")] = "",
 ) -> None:
     """Simulate SCENE with MuJoCo. One clip: OUTPUT/rgb.mp4, depth, segmentation, actions, cameras, poses, caption.txt
     (drive: map and boxes too) and a contact sheet. With --clips, a dataset: one such folder a clip and index.jsonl; run
@@ -27,22 +27,25 @@ def run(
     """
     from orrery.errors import InputError
     from orrery.sim.simulate import simulate
-    from orrery.sim.store import write_clip, write_dataset
+    from orrery.sim.store import check_place, leave_out, write_clip, write_dataset
 
     dropped = {word for word in without.split(",") if word}
     if unknown := dropped - {"depth", "segmentation"}:
         raise InputError(f"--without {','.join(sorted(unknown))}: allowed are depth and segmentation")
     if clips is None:
-        clip = simulate(scene, seed, look, size, frames)
+        check_place(output)
+        clip = leave_out(simulate(scene, seed, look, size, frames), dropped)
         write_clip(clip, output)
         typer.echo(f"{clip.caption}\n{output}/rgb.mp4 and its ground truth; look at {output}/sheet.png")
         return
     if clips < 1 or workers < 1:
         raise InputError(f"--clips {clips} --workers {workers}: both must be at least 1")
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(scene), BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(scene, total=clips)
         made = write_dataset(
             output, scene, range(seed, seed + clips), workers, {"depth", "segmentation"} - dropped,

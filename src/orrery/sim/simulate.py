@@ -30,7 +30,7 @@ def simulate(
     frames 5..1000; truth False leaves depth and segmentation out of the clip (they are drawn once, for the caption).
     Raises InputError for values outside these, OrreryError if no draw of the seed gives a true caption.
     """
-    _check(scene, seed, look, size, frames)
+    check_request(scene, seed, look, size, frames)
     build = import_module(f"orrery.sim.{scene}").build
     number = SCENES.index(scene)
     taste = np.random.default_rng([number, seed, 1])
@@ -58,7 +58,10 @@ def simulate(
     raise OrreryError(f"scene {scene} seed {seed}: none of {ATTEMPTS} draws gives a clip that its caption describes")
 
 
-def _check(scene: str, seed: int, look: str | None, size: int, frames: int) -> None:
+def check_request(
+    scene: str, seed: int, look: str | None = None, size: int = 64, frames: int = FRAMES, truth: bool = True
+) -> None:
+    """Raises InputError for values that `simulate` refuses."""
     if scene not in SCENES:
         raise InputError(f"unknown scene {scene!r}; the scenes are {', '.join(SCENES)}")
     if look not in (None, *LOOKS):

@@ -11,9 +11,12 @@ dataset is a folder of such folders and `index.jsonl`, one line a clip.
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from dataclasses import replace
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import numpy as np
 
 from orrery.errors import InputError
 from orrery.sim.clip import Clip
-from orrery.sim.simulate import simulate
+from orrery.sim.simulate import check_request, simulate
 from orrery.video import Video
 
 PALETTE = np.array(
@@ -68,9 +71,7 @@ def write_clip(clip: Clip, folder: Path, sheet: bool = True) -> None:
     Raises:
         InputError: `folder` exists and is no clip, or cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / "meta.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"cannot write {folder}: something that is no clip stands there")
+    folder = check_place(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -84,6 +85,21 @@ def write_clip(clip: Clip, folder: Path, sheet: bool = True) -> None:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_place(folder: Path) -> Path:
+    """Where a clip is to be written, absolute (`.` has no name to derive another from); asked before the work, too.
+
+    Raises:
+        InputError: `folder` exists and is neither a clip nor empty, or it cannot be looked at.
+    """
+    place = Path(folder).absolute()
+    try:
+        if place.exists() and not (place / "meta.json").is_file() and (not place.is_dir() or any(place.iterdir())):
+            raise InputError(f"cannot write {folder}: something that is no clip stands there")
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    return place
 
 
 def _write_files(clip: Clip, folder: Path) -> None:
@@ -148,6 +164,11 @@ def contact_sheet(clip: Clip, path: Path, columns: int = 9, scale: int = 2) -> N
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
 
 
+def leave_out(clip: Clip, names: Iterable[str]) -> Clip:
+    """The clip without its `depth` or `segmentation`."""
+    return replace(clip, **dict.fromkeys(names))
+
+
 def write_dataset(
     root: Path,
     scene: str,
@@ -162,53 +183,124 @@ def write_dataset(
     Interrupted at any moment, the same call goes on where it stopped: a clip's folder appears whole, and index.jsonl is
     mended from the folders. `truth` names which of depth and segmentation to keep; `progress(done, all)` is called
     after each clip; `options` go to `simulate`.
+
+    Raises:
+        InputError: an option is out of range; `root` cannot be written; a clip of these seeds is there already in
+            another size, length or look than `options` ask for.
     """
     root, seeds = Path(root), list(seeds)
+    for seed in seeds[:1] + seeds[-1:]:
+        check_request(scene, seed, **options)
     try:
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {root}: {error.strerror or error}") from error
-    for stale in root.glob(".*.partial"):
-        shutil.rmtree(stale, ignore_errors=True)
-    listed = _mend_index(root)
-    missing = [seed for seed in seeds if clip_id(scene, seed) not in listed]
-    done = len(seeds) - len(missing)
-    if progress:
-        progress(done, len(seeds))
-    jobs = ((str(root), scene, seed, tuple(truth), options) for seed in missing)
-    for line in _map(_make, jobs, workers):
-        with open(root / "index.jsonl", "a", encoding="utf-8") as index:  # opened anew: another command may mend it
-            index.write(json.dumps(line) + "\n")
-        done += 1
+        _remove_partials(root)
+        listed = _mend_index(root)
+        _check_alike([listed[name] for name in (clip_id(scene, seed) for seed in seeds) if name in listed], options)
+        missing = [seed for seed in seeds if clip_id(scene, seed) not in listed]
+        done = len(seeds) - len(missing)
         if progress:
             progress(done, len(seeds))
+        jobs = [(str(root), scene, seed, tuple(truth), options) for seed in missing]
+        for line in _map(_make, jobs, workers):
+            with open(root / "index.jsonl", "a", encoding="utf-8") as index:  # opened anew: another command may mend it
+                index.write(json.dumps(line) + "\n")
+            done += 1
+            if progress:
+                progress(done, len(seeds))
+    except OSError as error:
+        raise InputError(f"cannot write {root}: {error.strerror or error}") from error
+    finally:
+        _remove_partials(root)
     return len(missing)
+
+
+def _check_alike(lines: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    """Refuse to call clips done that are not what is asked for."""
+    size = options.get("size")
+    asked = {
+        "size": None if size is None else [size, size],
+        "frames": options.get("frames"),
+        "look": options.get("look"),
+    }
+    for line in lines:
+        for name, wanted in asked.items():
+            if wanted is not None and name in line and line[name] != wanted:
+                raise InputError(
+                    f"clip {line['id']} is there already with {name} {line[name]}, asked for is {wanted}; "
+                    "allowed: the same, other seeds, or another folder"
+                )
+
+
+def _remove_partials(root: Path) -> None:
+    """Remove what writers left that are no more; other commands may be writing to the same dataset."""
+    for partial in root.glob(".*.partial"):
+        writer = partial.suffixes[-2].removeprefix(".") if len(partial.suffixes) > 1 else ""
+        if not (writer.isdecimal() and _alive(int(writer))):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _make(job: tuple[str, str, int, tuple[str, ...], dict[str, Any]]) -> dict[str, Any]:
     root, scene, seed, truth, options = job
-    clip = simulate(scene, seed, **options)
-    for name in {"depth", "segmentation"} - set(truth):
-        object.__setattr__(clip, name, None)
+    clip = leave_out(simulate(scene, seed, **options), {"depth", "segmentation"} - set(truth))
     write_clip(clip, Path(root) / clip_id(scene, seed), sheet=False)
     return index_line(clip)
 
 
-def _map(function: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> Iterable[Any]:
-    """function over jobs, results as they come; spawned processes, because a GL context does not survive a fork."""
-    if workers <= 1:
+def _map(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Iterable[Any]:
+    """function over jobs, results as they come; spawned processes, because a GL context does not survive a fork.
+
+    Ctrl-C goes to every process of a terminal; here only the parent may hear it (the workers inherit the mask), and
+    then it ends them: a worker that is interrupted while it holds the queue's lock would hang all others.
+    """
+    if workers <= 1 or len(jobs) <= 1:
         yield from map(function, jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    before = set(active_children())
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_end_with_parent)
+    processes: list[Any] = []
+    try:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            yield from (future.result() for future in as_completed([pool.submit(function, job) for job in jobs]))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            futures = [pool.submit(function, job) for job in jobs]
+            processes = [child for child in active_children() if child not in before]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield from (future.result() for future in as_completed(futures))
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        raise
+    finally:
+        pool.shutdown()
 
 
-def _mend_index(root: Path) -> set[str]:
-    """The ids in index.jsonl, after dropping a half-written line and adding clips that were written but not listed."""
+def _end_with_parent() -> None:
+    """A worker ends when its parent does, even if that was killed."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _mend_index(root: Path) -> dict[str, dict[str, Any]]:
+    """index.jsonl by id, after dropping a half-written line and adding clips that were written but not listed."""
     path, lines, broken = root / "index.jsonl", {}, not (root / "index.jsonl").is_file()
     for text in [] if broken else path.read_text(encoding="utf-8").splitlines():
         try:
@@ -226,4 +318,4 @@ def _mend_index(root: Path) -> set[str]:
         partial = root / f".index.{os.getpid()}.jsonl"
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines.values()), encoding="utf-8")
         os.replace(partial, path)
-    return set(lines)
+    return lines

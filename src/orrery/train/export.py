@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from orrery.data.clips import ClipEntry
 from orrery.errors import InputError
 from orrery.nn.vae import VAE, VAEConfig
 from orrery.train.checkpoint import write_atomically, write_text
 from orrery.train.recipe import FlowRecipe
 from orrery.weights.store import Model, ModelConfig, Sampling, save_model
+
+
+def commit() -> str:
+    """The commit of the code that runs, `-dirty` if it was changed since; "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def seeds_by_scene(entries: Sequence[ClipEntry]) -> str:
+    """What a list of clips is, in words: `drop 4320 (seeds 0..4319), push ...`."""
+    scenes: dict[str, list[int]] = {}
+    for entry in entries:
+        scenes.setdefault(entry.scene, []).append(entry.seed)
+    return ", ".join(f"{name} {len(s)} (seeds {min(s)}..{max(s)})" for name, s in sorted(scenes.items()))
 
 
 def export_vae(vae: VAE, directory: Path, training: dict[str, Any]) -> None:
@@ -46,6 +66,11 @@ def load_vae(directory: Path) -> tuple[VAE, str]:
     return vae.eval().requires_grad_(False), digest
 
 
+def vae_training(directory: Path) -> dict[str, Any]:
+    """How the VAE of a directory was trained, as its config.json tells."""
+    return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("training", {})
+
+
 def export_model(
     recipe: FlowRecipe, model: nn.Module, vae: VAE, fps: float, directory: Path, training: dict[str, Any]
 ) -> None:
@@ -72,26 +97,24 @@ def export_model(
         training=training,
     )
     directory.parent.mkdir(parents=True, exist_ok=True)
-    save_model(directory, Model(config, transformer, vae, text), model_card(recipe, config))
+    save_model(directory, Model(config, transformer, vae, text), model_card(directory.name, config))
 
 
-def model_card(recipe: FlowRecipe, config: ModelConfig) -> str:
-    """README.md of a trained model: what it is, and the numbers of its training."""
-    training = dict(config.training)
-    validation = training.pop("validation", {})
+def model_card(name: str, config: ModelConfig) -> str:
+    """README.md of a trained model: what it is, what it was trained on and how, its held-out losses."""
     lines = [
-        f"# {recipe.out.name}",
+        f"# orrery-{name}",
         "",
         "A small world model of the Cosmos-Predict2.5 architecture, trained by Orrery on its own MuJoCo worlds.",
         f"{config.resolution[0]}x{config.resolution[1]} pixels, {config.frames} frames at {config.fps:g} fps; text, "
-        "image or video (0, 1 or 2 given latent frames).",
-        "",
-        "| training | |",
-        "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in training.items()),
-        f"| data | scenes {', '.join(recipe.data.scenes) or 'all'}; seeds below {recipe.data.heldout_from}, "
-        "the others held out |",
-        "",
-        "Held-out velocity loss: " + ", ".join(f"{key} {value:.4f}" for key, value in validation.items()) + ".",
+        "image or video (0, 1 or 2 given latent frames). Apache-2.0.",
     ]
+    parts = {"Transformer and text encoder": config.training, "VAE": config.training.get("vae", {})}
+    for title, training in parts.items():
+        lines += ["", f"## {title}", "", "| | |", "| --- | --- |"]
+        for key, value in training.items():
+            if key == "validation":
+                value = ", ".join(f"{which} {number:.4g}" for which, number in value.items())
+            if key != "vae":
+                lines.append(f"| {key} | {value} |")
     return "\n".join(lines) + "\n"

@@ -29,7 +29,7 @@ from orrery.nn.dit import Conditions, DiT
 from orrery.nn.text import PRESETS as TEXT_PRESETS
 from orrery.nn.text import TextEncoder, word_tokenizer
 from orrery.train.checkpoint import write_text
-from orrery.train.export import export_model, load_vae
+from orrery.train.export import export_model, load_vae, seeds_by_scene, vae_training
 from orrery.train.loop import Randomness
 from orrery.train.networks import configure
 from orrery.train.recipe import FlowRecipe
@@ -99,6 +99,7 @@ class FlowTask:
         self.tokens = torch.stack([torch.stack([text.tokenize(c) for c in group]) for group in (whole, short)])
         self.held_tokens = text.tokenize([pair[0] for pair in self.held.captions])
         self.fps = heldout.entries[0].fps
+        self.data = seeds_by_scene(train.entries) + ("; each mirrored too" if recipe.latents.mirror else "")
 
     def _cached(self, dataset: ClipDataset, vae_hash: str, mirror: bool) -> LatentCache:
         recipe = self.recipe
@@ -236,7 +237,8 @@ class FlowTask:
 
     def export(self, model: nn.Module, directory: Path, training: dict[str, Any]) -> None:
         """Write a model directory with the transformer, the text encoder and the VAE."""
-        training = training | {"validation": self.validate(model), "clips": len(self.cache)}
+        training = training | {"data": self.data, "validation": self.validate(model)}
+        training |= {"vae": vae_training(self.recipe.latents.vae)}
         export_model(self.recipe, model, self.vae, self.fps, directory, training)
 
     def state(self) -> dict[str, Any]:

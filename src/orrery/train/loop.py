@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from orrery.errors import InputError
 from orrery.train.checkpoint import CheckpointFolder, write_text
+from orrery.train.export import commit
 from orrery.train.optim import EMA, Optimizers, schedule
 from orrery.train.recipe import Recipe, changed_keys, parse_recipe, recipe_json
 from orrery.train.report import Report
@@ -164,6 +165,7 @@ class Trainer:
         """Write the EMA weights, as the task's model directory, with where they come from."""
         training = {"recipe": recipe_name, "step": self.step, "steps": self.recipe.steps, "seed": self.recipe.seed}
         training |= {"clips_seen": self.step * self.task.clips, "seconds": round(self.seconds), "skipped": self.skipped}
+        training |= {"torch": torch.__version__, "commit": commit()}
         self.task.export(self.ema.model, directory, training)
 
     @property

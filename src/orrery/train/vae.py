@@ -17,7 +17,7 @@ from orrery.data.latents import to_pixels
 from orrery.data.order import ShuffledOrder
 from orrery.errors import InputError
 from orrery.nn.vae import PRESETS, VAE, VAEConfig
-from orrery.train.export import export_vae
+from orrery.train.export import export_vae, seeds_by_scene
 from orrery.train.loop import Randomness
 from orrery.train.networks import configure
 from orrery.train.recipe import VAELossRecipe, VAERecipe
@@ -186,7 +186,8 @@ class VAETask:
         exported = VAE(replace(model.config, latent_mean=(), latent_std=()))
         exported.load_state_dict(model.state_dict())
         exported.with_statistics(*self.latent_statistics(model))
-        export_vae(exported, directory, training | {"validation": self.validate(model), "clips": len(self.train)})
+        training = training | {"data": seeds_by_scene(self.train.entries), "validation": self.validate(model)}
+        export_vae(exported, directory, training)
 
     def state(self) -> dict[str, Any]:
         """The data position."""

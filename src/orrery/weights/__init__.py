@@ -8,10 +8,16 @@ A model is one folder:
     text.safetensors          the text encoder
     tokenizer.json            its tokenizer
     README.md                 the model card
+
+What loads and saves is imported on first use, so that the catalogue can be asked without waiting for torch.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from orrery.weights.catalogue import CATALOGUE, ModelEntry, find_model
-from orrery.weights.store import Model, ModelConfig, Sampling, load_model, model_hash, save_model
+
+if TYPE_CHECKING:
+    from orrery.weights.store import Model, ModelConfig, Sampling, load_model, model_hash, save_model
 
 __all__ = [
     "CATALOGUE",
@@ -24,3 +30,11 @@ __all__ = [
     "model_hash",
     "save_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'orrery.weights' has no attribute {name!r}")
+    from orrery.weights import store
+
+    return getattr(store, name)
