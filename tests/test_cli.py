@@ -188,3 +188,39 @@ def test_models(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "32x48, 17 frames at 10 a second" in text and "ball" in text and "bounces" in text
     assert call("models", "maxi") == 2
+
+
+@pytest.mark.parametrize("words", [("--frames", "5x"), ("--seed=many",), ("--guidance", "strong")])
+def test_a_value_that_is_no_number_is_named(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("generate", PROMPT, "-o", "a.mp4", *words) == 2
+    assert f"got {words[-1].rpartition('=')[2]!r}" in one_line(capsys)
+
+
+def test_ctrl_c_says_stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orrery.cli.models.describe", interrupted)
+    assert call("models", "mini") == 130
+    assert one_line(capsys) == "orrery: error: stopped"
+
+
+def test_models_and_a_wrong_model_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys\nfrom orrery.cli.main import main\n"
+        "for words in (['models'], ['models', 'nope'], ['generate', 'a ball', '--model', 'nope', '-o', 'a.mp4']):\n"
+        "    try: main(words)\n"
+        "    except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("words", [("--model", "nope"), ("--seed", "-1")])
+def test_a_refused_demo_leaves_no_folder(
+    words: tuple[str, str], tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = () if words[0] == "--model" else ("--model", model_folder)
+    assert call("demo", *model, *words, "-o", tmp_path / "out") == 2
+    assert words[1] in one_line(capsys) and not (tmp_path / "out").exists()

@@ -86,3 +86,15 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
         raise RuntimeError
     assert (target / "config.json").read_text() == "old"
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error, atomic_file(tmp_path / "a.mp4") as outer, atomic_file(outer):
+        raise OSError(28, "No space left on device")
+    assert str(error.value) == f"cannot write {tmp_path / 'a.mp4'}: No space left on device"
+
+
+def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="too long"):
+        check_writable(tmp_path / ("x" * 300 + ".mp4"))
+    assert check_writable(tmp_path / "a.mp4") and not list(tmp_path.iterdir())

@@ -22,7 +22,18 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         raise InputError(f"cannot write {path}: {folder} {kind}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"cannot write {path}: no permission to write in {folder}")
+    trial = _temporary(path)  # permission is not all: /proc, a name that is too long, no room for one more file
+    try:
+        trial.touch(exist_ok=True)
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     return path
+
+
+def _temporary(path: Path) -> Path:
+    """The name beside `path` that this process writes to first."""
+    return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
 
 
 @contextmanager
@@ -37,7 +48,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = check_writable(path)
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = _temporary(path)
     try:
         yield partial
         with open(partial, "rb") as written:
@@ -45,6 +56,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    except InputError as error:  # of a writer that was given the temporary name; the user knows the other
+        raise InputError(str(error).replace(str(partial), str(path))) from error
     finally:
         with suppress(OSError):
             partial.unlink()

@@ -94,7 +94,9 @@ class Video:
         suffix = path.suffix.lower()
         if suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
             allowed = " ".join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)
-            raise InputError(f"cannot read {path}: its suffix is {suffix or 'missing'!r}, allowed are {allowed}")
+            raise InputError(
+                f"cannot read {path}: its suffix is {repr(suffix) if suffix else 'missing'}, allowed are {allowed}"
+            )
         if not path.is_file():
             raise InputError(f"cannot read {path}: {'it is a folder' if path.is_dir() else 'no such file'}")
         return _read_image(path) if suffix in IMAGE_SUFFIXES else _read_video(path, last)
@@ -126,7 +128,9 @@ class Video:
                 _enlarged(self.frames[0], scale).save(partial)
             return path
         if suffix != ".mp4":
-            raise InputError(f"cannot write {path}: its suffix is {suffix or 'missing'!r}, allowed is .mp4")
+            raise InputError(
+                f"cannot write {path}: its suffix is {repr(suffix) if suffix else 'missing'}, allowed is .mp4"
+            )
         if not 0 <= crf <= 51:
             raise InputError(f"crf must be 0 to 51, got {crf}")
         if pixel_format not in PIXEL_FORMATS:
@@ -150,10 +154,14 @@ class Video:
                 context = stream.codec_context
                 context.colorspace = context.color_primaries = context.color_trc = BT709
                 context.color_range = ColorRange.MPEG
+                context.thread_count = 1  # with more, the same frames now and then made another file
                 for pixels in self.frames:
                     picture = np.asarray(_enlarged(pixels, scale)) if scale > 1 else pixels
                     frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-                        format=pixel_format, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                        format=pixel_format,
+                        dst_colorspace=Colorspace.ITU709,
+                        dst_color_range=ColorRange.MPEG,
+                        threads=1,
                     )
                     container.mux(stream.encode(frame))
                 container.mux(stream.encode())

@@ -143,10 +143,11 @@ def test_workers_make_the_same_clips(tmp_path):
 
 @pytest.mark.parametrize("pause", [0.0, 1.0])  # while the workers start; while they work
 def test_ctrl_c_ends_all_workers_at_once(tmp_path, pause):
+    folder = str(tmp_path / "d")
     program = (
         "from orrery.cli.main import main\n"
         "if __name__ == '__main__':\n"
-        f"    main(['sim', 'drop', '--clips', '300', '--workers', '2', '--size', '16', '-o', {str(tmp_path / 'd')!r}])\n"
+        f"    main(['sim', 'drop', '--clips', '300', '--workers', '2', '--size', '16', '-o', {folder!r}])\n"
     )
     (tmp_path / "run.py").write_text(program)
     child = subprocess.Popen(

@@ -27,12 +27,13 @@ def run(
     from orrery.cli.outputs import generate_to
     from orrery.errors import InputError
 
+    began = time.perf_counter()
+    world = load(model)
+    world.request(WORDS, seed=seed)  # refuses a wrong seed before there is a folder
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {output}: {error.strerror}") from error
-    began = time.perf_counter()
-    world = load(model)
     typer.echo(f"{world}, loaded in {time.perf_counter() - began:.1f} s\n")
 
     began = time.perf_counter()

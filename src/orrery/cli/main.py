@@ -68,7 +68,8 @@ def orrery(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit code 0; or one line on stderr and 2 for a wrong input, 1 for another known error, 130 for Ctrl-C."""
+    """Entry point. Exit code 0; or one line on stderr and 2 for a wrong input, 1 for another error we know, 130 for
+    Ctrl-C."""
     warnings.showwarning = _show_warning
     command = typer.main.get_command(app)
     try:
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         _fail("stopped", 130)
     except Exception as error:
-        usage = _usage_error(error)
+        usage = _usage_error(error, sys.argv[1:] if arguments is None else list(arguments))
         if usage is None:
             raise
         _fail(*usage)
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _usage_error(error: Exception) -> tuple[str, int] | None:
+def _usage_error(error: Exception, arguments: list[str]) -> tuple[str, int] | None:
     """Message and exit code of an error of the argument parser (whose classes have no public home in typer)."""
     if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
         return None
@@ -96,7 +97,20 @@ def _usage_error(error: Exception) -> tuple[str, int] | None:
         sys.exit(0)
     context = getattr(error, "ctx", None)
     where = f" (see `{context.command_path} --help`)" if context is not None else ""
-    return f"{error.format_message().rstrip('.')}{where}", error.exit_code
+    value = _value_given(getattr(error, "param", None), arguments)
+    got = f", got {value!r}" if type(error).__name__ == "BadParameter" and value is not None else ""
+    return f"{error.format_message().rstrip('.')}{got}{where}", error.exit_code
+
+
+def _value_given(option: Any, arguments: list[str]) -> str | None:
+    """What the command line gives an option: the parser's message may name the option alone."""
+    for name in getattr(option, "opts", ()):
+        for place, word in enumerate(arguments):
+            if word == name and place + 1 < len(arguments):
+                return arguments[place + 1]
+            if word.startswith(f"{name}="):
+                return word.partition("=")[2]
+    return None
 
 
 def _fail(message: str, code: int) -> None:
