@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+TOOLS  := $(VENV)/.installed-dev
 OUT    ?= out/demo
 
 .DEFAULT_GOAL := help
@@ -15,6 +16,10 @@ setup: $(STAMP)  ## Virtual environment in .venv with the pinned packages
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Orrery needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim]'
+	@touch $@
+
+$(TOOLS): $(STAMP)  # what the tests need beyond that
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -24,10 +29,10 @@ gl: $(STAMP)  # a software OpenGL for the simulator's cameras, where the machine
 demo: $(STAMP) gl  ## Three generated worlds (text, image, video start); the last beside what MuJoCo did
 	$(BIN)/orrery demo -o $(OUT)
 
-test: lint gl  ## Everything CI checks: style, types, floors, tests
+test: $(TOOLS) lint gl  ## Everything CI checks: style, types, floors, tests
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)  ## Style, types, and the floors of the house
+lint: $(TOOLS)  ## Style, types, and the floors of the house
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports

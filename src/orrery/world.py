@@ -70,7 +70,10 @@ def load(
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(device)!r} is not available: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0].partition(". ")[0]  # torch adds a page
+        raise InputError(f"device {str(device)!r} is not available: {why}") from error
+    if device.type == "meta":
+        raise InputError("device 'meta' holds no numbers; allowed are cpu, cuda, cuda:1, ...")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return World(load_model(folder, device, dtype), name=str(name_or_path), device=device, dtype=dtype, folder=folder)
 

@@ -1,6 +1,7 @@
 """`orrery sim` as a command."""
 
 import json
+from importlib import import_module
 
 import pytest
 import typer
@@ -64,6 +65,6 @@ def test_a_single_clip_can_leave_truth_out(tmp_path):
 
 
 def test_a_place_that_is_taken_is_told_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("orrery.sim.simulate.simulate", lambda *_: pytest.fail("simulated first"))
+    monkeypatch.setattr(import_module("orrery.sim.simulate"), "simulate", lambda *_: pytest.fail("simulated first"))
     (tmp_path / "file").write_text("x")
     assert isinstance(invoke("drop", "-o", tmp_path / "file").exception, InputError)

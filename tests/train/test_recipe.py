@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from orrery.errors import InputError
 from orrery.train.recipe import FlowRecipe, VAERecipe, changed_keys, load_recipe, parse_recipe, recipe_json
@@ -15,8 +16,9 @@ def tree(**more: Any) -> dict[str, Any]:
     return {"task": "vae", "out": "o", "steps": 5, "data": {"root": "d", "heldout_from": 9}} | more
 
 
-def test_shipped_recipes_are_valid_and_belong_together() -> None:
-    vae, flow = load_recipe(RECIPES / "mini-vae.toml"), load_recipe(RECIPES / "mini-dit.toml")
+@pytest.mark.parametrize("name", ["mini", "mini128"])
+def test_shipped_recipes_are_valid_and_belong_together(name: str) -> None:
+    vae, flow = load_recipe(RECIPES / f"{name}-vae.toml"), load_recipe(RECIPES / f"{name}-dit.toml")
     assert isinstance(vae, VAERecipe) and isinstance(flow, FlowRecipe)
     assert flow.latents.vae == vae.out / "model"
     assert (flow.data.root, flow.data.heldout_from, flow.data.size) == (
@@ -78,3 +80,24 @@ def test_changed_keys_are_found_in_tables_and_resumable_ones_pass() -> None:
     before = recipe_json(parse_recipe(tree()))
     after = recipe_json(parse_recipe(tree(steps=9, out="p", batch=4, loss={"kl": 1e-4}, checkpoint={"keep": 9})))
     assert changed_keys(before, after) == [("batch", 8, 4), ("loss.kl", 1e-5, 1e-4)]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_their_models_fit_the_package(path: Path) -> None:
+    from orrery.nn.dit import PRESETS as DITS
+    from orrery.nn.dit import DiT
+    from orrery.nn.vae import PRESETS as VAES
+    from orrery.nn.vae import VAE
+    from orrery.train.networks import configure
+    from orrery.train.recipe import VAERecipe
+
+    recipe = load_recipe(path)
+    with torch.device("meta"):
+        if isinstance(recipe, VAERecipe):
+            network: torch.nn.Module = VAE(configure(VAES, recipe.vae.preset, recipe.vae.override, "vae"))
+            most = 12e6
+        else:
+            table = recipe.transformer
+            network = DiT(configure(DITS, table.preset, table.override, "transformer"))
+            most = 47e6
+    assert sum(p.numel() for p in network.parameters()) * 2 < most, "in fp16, of the package's 60 MB"

@@ -36,9 +36,8 @@ def check_output(output: Path, start: Path | None = None, scale: int | None = No
     if scale is not None and not 1 <= scale <= MOST_SCALE:
         raise InputError(f"scale must be a whole number from 1 to {MOST_SCALE}, got {scale}")
     if output.suffix.lower() != ".mp4":
-        raise InputError(
-            f"cannot write {output}: its suffix is {repr(output.suffix) if output.suffix else 'missing'}, allowed is .mp4"
-        )
+        suffix = repr(output.suffix) if output.suffix else "missing"
+        raise InputError(f"cannot write {output}: its suffix is {suffix}, allowed is .mp4")
     for path in (output, *companions(output)):
         check_writable(path)
         if path.is_dir():

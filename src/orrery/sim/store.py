@@ -83,6 +83,8 @@ def write_clip(clip: Clip, folder: Path, sheet: bool = True) -> None:
         os.replace(partial, folder)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    except InputError as error:  # of a writer that was given the temporary name; the user knows the other
+        raise InputError(str(error).replace(str(partial), str(folder))) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -166,7 +168,8 @@ def contact_sheet(clip: Clip, path: Path, columns: int = 9, scale: int = 2) -> N
 
 def leave_out(clip: Clip, names: Iterable[str]) -> Clip:
     """The clip without its `depth` or `segmentation`."""
-    return replace(clip, **dict.fromkeys(names))
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    return replace(clip, **nothing)
 
 
 def write_dataset(

@@ -47,6 +47,8 @@ def find_model(name_or_path: str | PathLike[str]) -> Path:
         if not entry.available:
             raise InputError(f"the weights of model {entry.name!r} are missing: {entry.folder} holds no config.json")
         return entry.folder
+    if not str(name_or_path):
+        raise InputError(f"the model is {str(name_or_path)!r}; allowed are {', '.join(CATALOGUE)}, or a model's folder")
     folder = Path(name_or_path)
     if (folder / "config.json").is_file():
         return folder

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -135,6 +136,26 @@ def _check_keys(kind: type, values: Any, where: str) -> None:
         optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
         if not optional and name not in values:
             raise ValueError(f"{where} lacks the key {name!r}")
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if not _fits(hints[key], value):
+            kinds = getattr(hints[key], "__name__", None) if get_origin(hints[key]) is None else None
+            raise ValueError(f"{where}: {key} is {value!r}; allowed is {kinds or hints[key]}")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a JSON value can be what a config's field is annotated as; kinds that JSON has no word for always do."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(choice, value) for choice in inner)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        return len(kinds) == len(value) and all(map(_fits, kinds, value))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return not isinstance(hint, type) or hint not in (str, bool, NoneType) or isinstance(value, hint)
 
 
 def _dataclass(kind: type[T], values: Any, where: str) -> T:
