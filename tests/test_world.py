@@ -260,3 +260,8 @@ def test_the_package_is_lazy() -> None:
     assert orrery.World is World and orrery.Video is Video
     with pytest.raises(AttributeError, match="no attribute 'Wolrd'"):
         orrery.Wolrd  # noqa: B018
+
+
+def test_a_device_that_holds_no_numbers(tiny_folder: Path) -> None:
+    with pytest.raises(InputError, match="device 'meta' holds no numbers"):
+        orrery.load(tiny_folder, "meta")

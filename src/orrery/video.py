@@ -146,9 +146,12 @@ class Video:
         """H.264 in MP4 with the index in front, so that a browser can start before it has everything."""
         rate = Fraction(self.fps).limit_denominator(1001)
         options = {"movflags": "+faststart"}
+        # Without lookahead: with it x264's fast paths now and then made another file of the same frames, most of all in
+        # a process that had drawn with OpenGL, and the same seed is to be the same file.
+        codec = {"crf": str(crf), "preset": "medium", "rc-lookahead": "0"}
         try:
             with av.open(str(path), "w", format="mp4", options=options) as container:
-                stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "medium"})
+                stream = container.add_stream("libx264", rate=rate, options=codec)
                 stream.height, stream.width = self.height * scale, self.width * scale
                 stream.pix_fmt = pixel_format
                 context = stream.codec_context

@@ -133,6 +133,15 @@ def test_a_killed_dataset_resumes(tmp_path):
         assert len(Video.read(tmp_path / name / "rgb.mp4")) == 9
 
 
+def test_the_same_clip_is_the_same_file(tmp_path):
+    """x264's lookahead once gave other files for equal frames in processes that had rendered."""
+    for root in ("one", "two"):
+        store.write_dataset(tmp_path / root, "drop", range(6), workers=2, truth=())
+    for seed in range(6):
+        one, two = ((tmp_path / root / f"drop-{seed:07d}/rgb.mp4").read_bytes() for root in ("one", "two"))
+        assert one == two, seed
+
+
 def test_workers_make_the_same_clips(tmp_path):
     store.write_dataset(tmp_path / "one", "drop", range(2), **SMALL)
     store.write_dataset(tmp_path / "two", "drop", range(2), workers=2, **SMALL)

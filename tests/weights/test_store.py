@@ -168,3 +168,24 @@ def test_a_named_model_without_weights_says_so(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(CATALOGUE, "mini", dataclasses.replace(CATALOGUE["mini"], folder=tmp_path))
     with pytest.raises(InputError, match="the weights of model 'mini' are missing"):
         find_model("mini")
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        (None, "fps", "fast"),
+        (None, "frames", None),
+        ("transformer", "width", "wide"),
+        ("sampling", "steps", True),
+        ("vae", "multipliers", 3),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_its_key(part, key, value, folder: Path) -> None:
+    edit(folder, lambda config: (config[part] if part else config).update({key: value}))
+    with pytest.raises(InputError, match=f"{key} is {value!r}; allowed is "):
+        load_model(folder)
+
+
+def test_no_name_is_no_model() -> None:
+    with pytest.raises(InputError, match="the model is ''"):
+        find_model("")
