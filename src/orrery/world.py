@@ -31,6 +31,7 @@ Progress = Callable[[int, int], None]
 GIVEN_LATENTS = 2  # of a video, and of the chunk before
 SMALLEST_START = 16  # pixels a side
 MOST_STEPS = 1000
+MOST_FRAMES = 65_537
 PIXELS_AT_ONCE = 2**21  # decoded together: bounds the VAE's memory
 
 
@@ -167,7 +168,7 @@ class World:
         self._check_prompt(prompt)
         size = self._size(size)
         given = None if start is None else self._given(start, size)
-        frames = _whole("frames", self.config.frames if frames is None else frames, 1, None)
+        frames = _whole("frames", self.config.frames if frames is None else frames, 1, MOST_FRAMES)
         factor = self.model.vae.temporal_factor
         if frames % factor != 1:
             below = max(1, (frames - 1) // factor * factor + 1)

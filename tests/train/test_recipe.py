@@ -31,6 +31,8 @@ def test_shipped_recipes_are_valid_and_belong_together(name: str) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr = nan; allowed: a number, not nan"),
+        ({"steps": "many"}, "steps = 'many'; allowed: a valid integer$"),
         ({"stepz": 5}, r"unknown key stepz = 5; allowed: out, steps, seed"),
         (
             {"optimizer": {"learning_rate": 1}},

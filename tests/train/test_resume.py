@@ -108,7 +108,9 @@ def test_sigterm_saves_and_the_same_command_continues(
 
     monkeypatch.setattr(VAETask, "batch", batch)
     recipe = write_recipe("vae", tmp_path / "stopped", 10, checkpoint={"steps": 100})
-    assert train(recipe) == tmp_path / "stopped"
+    with pytest.raises(SystemExit) as stopped:
+        train(recipe)
+    assert stopped.value.code == 130, "so that a script does not take a stopped run for a finished one"
     assert final_state(tmp_path / "stopped")["step"] == 5
     assert train(recipe) == tmp_path / "stopped" / "model"
     train(write_recipe("vae", tmp_path / "whole", 10, checkpoint={"steps": 100}))

@@ -238,3 +238,32 @@ def test_flow_batch_may_continue_a_chunk_and_cut_the_last_clause(
     short = {task.tokenizer.decode(row.tolist()) for row in opened(cut).task.batch().tokens}
     assert all("plain look" in text for text in whole)
     assert not any("look" in text for text in short) and all("square moves" in text for text in short)
+
+
+def test_a_refused_run_leaves_nothing_and_does_not_fix_its_clips(
+    tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(InputError, match=r"is 16x16; the recipe's data\.size"):
+        train(write_recipe("vae", out, 1, data={"size": [32, 32]}))
+    assert not out.exists()
+    with pytest.raises(InputError, match="none of the 10 clips"):
+        train(write_recipe("vae", out, 1, data={"scenes": ["zzz"]}))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("line", ['{"id": "a", "scene": "s", "seed": "q", "caption": "c", "frames": 5}', "[1]"])
+def test_a_line_that_is_no_clip_is_named(tmp_path: Path, line: str, write_recipe: Callable[..., Path]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "index.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match="is no clip"):
+        train(write_recipe("vae", tmp_path / "run", 1, data={"root": str(tmp_path / "data")}))
+
+
+@pytest.mark.parametrize("spoil", ["config.json", "vae.safetensors"])
+def test_a_broken_vae_is_named(tmp_path: Path, tiny_vae: Path, spoil: str, write_recipe: Callable[..., Path]) -> None:
+    broken = tmp_path / "vae"
+    shutil.copytree(tiny_vae, broken)
+    (broken / spoil).write_text("<html>")
+    with pytest.raises(InputError, match="cannot be read"):
+        train(write_recipe("flow", tmp_path / "run", 1, broken))

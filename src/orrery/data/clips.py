@@ -64,6 +64,8 @@ def entry_from_json(line: dict[str, Any]) -> ClipEntry:
         )
     except KeyError as error:
         raise InputError(f"index.jsonl: a line lacks {error}; needed: id, scene, seed, caption, frames") from None
+    except (TypeError, ValueError, AttributeError):
+        raise InputError(f"index.jsonl: {str(line)[:120]} is no clip; seed and frames must be numbers") from None
 
 
 def read_index(root: Path) -> list[ClipEntry]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -57,12 +58,16 @@ def load_vae(directory: Path) -> tuple[VAE, str]:
         raise InputError(
             f"no VAE in {directory}: needs config.json and vae.safetensors; train recipes/mini-vae.toml first"
         )
-    config = json.loads(config_path.read_text(encoding="utf-8"))["vae"]
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))["vae"]
+        weights = load_file(weights_path)
+        vae = VAE(VAEConfig(**config))
+        vae.load_state_dict({name: tensor.to(torch.float32) for name, tensor in weights.items()})
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"the VAE in {directory} cannot be read: {str(error).splitlines()[0]}") from None
     digest = hashlib.sha256(weights_path.read_bytes() + json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-    vae = VAE(VAEConfig(**config))
     if not vae.config.latent_std:
         raise InputError(f"the VAE in {directory} has no latent statistics; export it with orrery train --export")
-    vae.load_state_dict({name: tensor.to(torch.float32) for name, tensor in load_file(weights_path).items()})
     return vae.eval().requires_grad_(False), digest
 
 

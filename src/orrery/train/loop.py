@@ -124,6 +124,7 @@ class Trainer:
         self.step = self.skipped = self._skipped_in_a_row = 0
         self.seconds = 0.0  # spent in all sessions of this run
         self._stop: str | None = None
+        self.interrupted = False  # by SIGINT or SIGTERM
         latest = self.checkpoints.latest()
         if latest is not None:
             self._load(latest)
@@ -225,13 +226,13 @@ class Trainer:
                             self.step, meter.rate, self._seconds_left(meter.rate, begin, max_seconds), numbers
                         )
                     validate = self.step % self.recipe.validation.steps == 0 or last
-                    if validate:
-                        self._validate(report)
                     if self._due(saved) or validate or self._stop is not None:
                         path = self.save()
                         saved = time.monotonic()
                         if self._stop is not None or last:
                             report.say(f"saved {path}")
+                    if validate:  # after saving: a picture that cannot be written costs no step
+                        self._validate(report)
                 if self._stop is not None:
                     report.say(f"stopped at step {self.step} of {steps}: {self._stop}; the same command continues")
         finally:
@@ -268,7 +269,7 @@ class Trainer:
         def stop(number: int, frame: FrameType | None) -> None:
             if self._stop is not None:
                 raise KeyboardInterrupt
-            self._stop = f"{signal.Signals(number).name} received"
+            self._stop, self.interrupted = f"{signal.Signals(number).name} received", True
 
         try:
             return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

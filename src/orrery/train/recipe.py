@@ -258,7 +258,10 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{key}: {message}" if where else message
-    return f"{key} = {fault['input']!r}; allowed: {message.removeprefix('Input should be ')}"
+    allowed = message.removeprefix("Input should be ").partition(", unable")[0]
+    if fault["input"] != fault["input"]:
+        allowed = "a number, not nan"
+    return f"{key} = {fault['input']!r}; allowed: {allowed}"
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

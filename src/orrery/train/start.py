@@ -47,6 +47,8 @@ def train(
         trainer = open_run(recipe, device, refresh_data)
         if export is None:
             if not trainer.run(max_seconds):
+                if trainer.interrupted:
+                    raise SystemExit(130)
                 return recipe.out
             export = recipe.out / "model"
         elif trainer.step == 0:
@@ -59,7 +61,9 @@ def train(
 def open_run(recipe: Recipe, device: torch.device, refresh_data: bool = False) -> Trainer:
     """The trainer of a recipe, at the newest checkpoint of its run directory, ready to run."""
     random = Randomness(recipe.seed)
-    datasets = _datasets(recipe, *frozen_clips(recipe, refresh_data))
+    clips = choose_or_recall_clips(recipe, refresh_data)
+    datasets = _datasets(recipe, *clips)
+    freeze_clips(recipe, *clips)
     task: Task
     if isinstance(recipe, VAERecipe):
         task = VAETask(recipe, *datasets, random, device)
@@ -102,14 +106,16 @@ def _movable(entry: ClipEntry) -> int:
     return sum(bool(item.get("movable", True)) for item in entry.objects)
 
 
-def frozen_clips(recipe: Recipe, refresh: bool) -> tuple[list[ClipEntry], list[ClipEntry]]:
-    """(training, held-out) clips of the run: read once, kept in OUT/clips.json, so that a dataset may grow meanwhile.
+def choose_or_recall_clips(recipe: Recipe, refresh: bool) -> tuple[list[ClipEntry], list[ClipEntry]]:
+    """(training, held-out) clips of the run: chosen from the dataset at its beginning, later those of OUT/clips.json,
+    so that a dataset may grow meanwhile.
 
     Raises:
         InputError: no dataset, or no training or held-out clip in it.
     """
     path = recipe.out / "clips.json"
-    if path.exists() and not refresh:
+    begun = any((recipe.out / "checkpoints").glob("*.pt"))
+    if path.exists() and begun and not refresh:
         lists = json.loads(path.read_text(encoding="utf-8"))
         return [entry_from_json(e) for e in lists["train"]], [entry_from_json(e) for e in lists["heldout"]]
     train_clips, heldout = split(choose_clips(read_index(recipe.data.root), recipe), recipe.data.heldout_from)
@@ -118,15 +124,20 @@ def frozen_clips(recipe: Recipe, refresh: bool) -> tuple[list[ClipEntry], list[C
     for name, clips, side in (("training", train_clips, "below"), ("held-out", heldout, "at or above")):
         if not clips:
             raise InputError(f"no {name} clip in {recipe.data.root}: no seed {side} {border}")
-    lists = {"train": [e.as_json() for e in train_clips], "heldout": [e.as_json() for e in heldout]}
-    write_text(path, json.dumps(lists))
-    print(f"{recipe.out}: {len(train_clips)} training clips, {len(heldout)} held out", file=sys.stderr)
     return train_clips, heldout
+
+
+def freeze_clips(recipe: Recipe, train_clips: list[ClipEntry], heldout: list[ClipEntry]) -> None:
+    """Keep the lists in OUT/clips.json."""
+    lists = {"train": [e.as_json() for e in train_clips], "heldout": [e.as_json() for e in heldout]}
+    write_text(recipe.out / "clips.json", json.dumps(lists))
+    print(f"{recipe.out}: {len(train_clips)} training clips, {len(heldout)} held out", file=sys.stderr)
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """The run directory, locked for this process; the system drops the lock when the process ends, however it ends.
+    If the run was refused and nothing but the lock is in it, the directory goes too.
 
     Raises:
         InputError: the directory cannot be written, or another process trains in it.
@@ -144,5 +155,10 @@ def claimed(folder: Path) -> Iterator[None]:
         except OSError:
             raise InputError(f"another process is training in {folder}; allowed: one at a time") from None
         yield
+    except InputError:
+        if [entry.name for entry in folder.iterdir()] == ["lock"]:
+            (folder / "lock").unlink()
+            folder.rmdir()
+        raise
     finally:
         os.close(lock)
