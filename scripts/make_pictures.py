@@ -1,6 +1,6 @@
 """The pictures of README.md: `python scripts/make_pictures.py [--model mini] [--into docs/images]`.
 
-hero.gif: above, worlds from words alone; below, what MuJoCo did, and what the model says after the first 5 frames.
+hero.webp: above, worlds from words alone; below, what MuJoCo did, and what the model says after the first 5 frames.
 failure.png: one such pair that went wrong. worlds.png: the three scenes with their ground truth. Prompts and seeds are
 written below; the seeds are held out from training.
 """
@@ -19,14 +19,14 @@ from orrery.sim.store import PALETTE
 from orrery.video import Video
 
 WORDS = (
-    ("a red ball falls and bounces, plain look", 1),
-    ("a blue cube slides to the right, realistic look", 1),
+    ("a red ball falls and bounces, plain look", 2),
+    ("a blue cube slides to the right, realistic look", 0),
     ("a robot arm pushes the green cube to the left, plain look", 1),
-    ("a robot arm pushes the red cylinder closer, realistic look", 1),
+    ("a robot arm pushes the red cylinder closer, realistic look", 2),
 )
 HELD = (("drop", 1_000_002), ("drop", 1_000_005), ("push", 1_000_001), ("push", 1_000_006))
-FAILURE = ("push", 1_000_003)
-TILE, GAP, TEXT, GIVEN = 160, 6, 34, 5
+FAILURE = ("push", 1_000_018)
+TILE, GAP, TEXT, GIVEN = 160, 6, 48, 5
 PAPER, INK = (250, 250, 248), (30, 30, 34)
 
 
@@ -90,8 +90,8 @@ def main() -> None:
     ]
     frames = [Image.fromarray(np.concatenate(parts)) for parts in zip(*rows, strict=True)]
     durations = [84] * (len(frames) - 1) + [900]
-    with atomic_file(options.into / "hero.gif") as path:
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+    with atomic_file(options.into / "hero.webp") as path:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=85)
     caption, truth, video = beside_truth(world, *FAILURE)
     picks = np.linspace(0, len(truth) - 1, 6).round().astype(int)
     lines = [np.concatenate(list(v.frames[picks]), axis=1) for v in (truth, video)]
@@ -100,7 +100,7 @@ def main() -> None:
         sheet.save(path)
     with atomic_file(options.into / "worlds.png") as path:
         worlds().save(path)
-    print(f"{options.into}/hero.gif, worlds.png, failure.png ({caption})")
+    print(f"{options.into}/hero.webp, worlds.png, failure.png ({caption})")
 
 
 if __name__ == "__main__":
