@@ -309,14 +309,14 @@ def _as_video(start: Start, last: int, fps: float) -> Video:
     )
 
 
-def _whole(name: str, value: Any, least: int, most: int | None) -> int:
+def _whole(name: str, value: Any, least: int, most: int) -> int:
     """`value` as an int within bounds."""
-    allowed = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+    allowed = f"a whole number from {least} to {most}"
     try:
         number = operator.index(value)
     except TypeError:
         raise InputError(f"{name} must be {allowed}, got {value!r}") from None
-    if number < least or (most is not None and number > most):
+    if not least <= number <= most:
         raise InputError(f"{name} must be {allowed}, got {number}")
     return number
 
