@@ -13,8 +13,9 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -272,12 +273,9 @@ def _map(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Itera
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_end_with_parent)
     processes: list[Any] = []
     try:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _deaf_to_interrupts():
             futures = [pool.submit(function, job) for job in jobs]
             processes = [child for child in active_children() if child not in before]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield from (future.result() for future in as_completed(futures))
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -288,6 +286,27 @@ def _map(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Itera
         raise
     finally:
         pool.shutdown()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """SIGINT waits until the end of the block; processes that are started in it never hear it.
+
+    The mask is what they inherit. It is not enough for ourselves: another thread (of a BLAS, say) may take the signal,
+    and Python would raise here all the same, with a worker half started.
+    """
+    heard: list[int] = []
+    ours = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number)) if ours else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _end_with_parent() -> None:
