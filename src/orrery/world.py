@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from orrery.errors import InputError
-from orrery.flow import FrameCondition, Schedule, guided, karras_schedule, numpy_noise, shift_schedule, solve
+from orrery.flow import FrameCondition, Schedule, guided_velocity, karras_schedule, numpy_noise, shift_schedule, solve
 from orrery.nn.dit import Conditions
 from orrery.video import Video, from_image
 from orrery.weights import Model, find_model, load_model, model_hash
@@ -277,12 +278,8 @@ class World:
         latents = torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2)
         given = FrameCondition(latents, count, self.config.sampling.conditional_timestep)
         conditions = [Conditions(text, frame_mask=given.mask) for text in texts]
-
-        def velocity(x: Tensor, timestep: float) -> Tensor:
-            x, times = given.replace(x), given.timesteps(timestep)
-            answers = [given.velocity(self.model.transformer(x, times, c).float(), noise) for c in conditions]
-            return guided(answers[0], answers[1], guidance) if len(answers) == 2 else answers[0]
-
+        networks = [partial(self.model.transformer, conditions=c) for c in conditions]
+        velocity = guided_velocity(networks, given, noise, guidance)
         return solve(velocity, noise, schedule, self.config.sampling.solver, report)
 
     def _decode(self, latents: Tensor) -> Video:

@@ -2,7 +2,7 @@
 
 import torch
 
-from orrery.flow import guided
+from orrery.flow import FrameCondition, guided, guided_velocity
 
 
 def test_guidance_starts_at_the_conditional_velocity_and_moves_away_from_the_other():
@@ -10,3 +10,24 @@ def test_guidance_starts_at_the_conditional_velocity_and_moves_away_from_the_oth
     assert torch.equal(guided(conditional, unconditional, 0.0), conditional)
     assert torch.equal(guided(conditional, unconditional, -1.0), unconditional)
     assert torch.equal(guided(conditional, unconditional, 7.0), torch.tensor([4.5, -23.0]))
+
+
+def test_guided_velocity_puts_given_frames_in_place_and_leads_away_from_the_second_network() -> None:
+    torch.manual_seed(0)
+    latents, noise, x = (torch.randn(1, 2, 3, 2, 2) for _ in range(3))
+    given = FrameCondition(latents, 1, 0.0)
+    seen = []
+
+    def network(scale: float):
+        def v(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+            seen.append((x, times))
+            return scale * x
+
+        return v
+
+    v = guided_velocity([network(2.0), network(1.0)], given, noise, 3.0)(x, 700.0)
+    assert torch.allclose(v[:, :, 1:], 5 * x[:, :, 1:])  # 2 + 3 (2 - 1)
+    assert torch.allclose(v[:, :, :1], (noise - latents)[:, :, :1], atol=1e-6)
+    assert len(seen) == 2 and all(torch.equal(a[:, :, :1], latents[:, :, :1]) for a, _ in seen)
+    assert seen[0][1].tolist() == [[0.0, 700.0, 700.0]]
+    assert torch.allclose(guided_velocity([network(2.0)], given, noise, 3.0)(x, 700.0)[:, :, 1:], 2 * x[:, :, 1:])

@@ -4,7 +4,7 @@ Pure functions on tensors (and two small stateful solvers). No networks, no file
 """
 
 from .conditioning import FrameCondition, frame_mask, sample_counts
-from .guidance import guided
+from .guidance import guided, guided_velocity
 from .noise import numpy_noise
 from .path import interpolate, noise_from_velocity, sample_times, shift_times, velocity_target, x0_from_velocity
 from .schedule import Schedule, karras_schedule, shift_schedule
@@ -18,6 +18,7 @@ __all__ = [
     "UniPC",
     "frame_mask",
     "guided",
+    "guided_velocity",
     "interpolate",
     "karras_schedule",
     "noise_from_velocity",

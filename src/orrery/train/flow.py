@@ -5,7 +5,9 @@ given: put in place clean, marked in the mask channel, told their own time, and 
 """
 
 import sys
+import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from orrery.data.latents import LatentCache, cache_latents
 from orrery.data.order import ShuffledOrder
 from orrery.errors import InputError
 from orrery.flow.conditioning import FrameCondition, sample_counts
-from orrery.flow.guidance import guided
+from orrery.flow.guidance import guided_velocity
 from orrery.flow.noise import numpy_noise
 from orrery.flow.path import interpolate, sample_times, velocity_target
 from orrery.flow.schedule import shift_schedule
@@ -194,8 +196,8 @@ class FlowTask:
         table = np.zeros((3, len(recipe.validation.times)))
         for given in range(3):
             counts = torch.full((count,), given, device=self.device)
-            for column, time in enumerate(recipe.validation.times):
-                t = torch.full((count,), time, device=self.device)
+            for column, moment in enumerate(recipe.validation.times):
+                t = torch.full((count,), moment, device=self.device)
                 table[given, column] = float(self._errors(model, x0, noise, t, counts, text).mean())
         found = {"loss": float(table.mean())}
         found |= {f"loss_given{given}": float(table[given].mean()) for given in range(3)}
@@ -210,17 +212,10 @@ class FlowTask:
         text = model["text"](self.held_tokens[indices])  # type: ignore[index]
         condition = FrameCondition(x0, given, recipe.loss.conditional_timestep)
         transformer = model["transformer"]  # type: ignore[index]
-        contexts = [transformer.encode_text(text)]
-        if recipe.validation.guidance > 0:
-            contexts.append(transformer.encode_text(torch.zeros_like(text)))
-
-        def velocity(x: Tensor, timestep: float) -> Tensor:
-            x = condition.replace(x)
-            times = condition.timesteps(timestep)
-            answers = [transformer(x, times, Conditions(context, condition.mask)) for context in contexts]
-            v = guided(answers[0], answers[1], recipe.validation.guidance) if len(answers) == 2 else answers[0]
-            return condition.velocity(v, noise)
-
+        texts = [text, torch.zeros_like(text)] if recipe.validation.guidance > 0 else [text]
+        conditions = [Conditions(transformer.encode_text(each), condition.mask) for each in texts]
+        networks = [partial(transformer, conditions=c) for c in conditions]
+        velocity = guided_velocity(networks, condition, noise, recipe.validation.guidance)
         schedule = shift_schedule(recipe.validation.sample_steps, recipe.loss.shift, exact_times=True)
         return solve(velocity, noise, schedule)
 
@@ -254,8 +249,6 @@ class _CacheMeter:
     """Prints how far encoding is, at most every ten seconds; silent when all came from the disk at once."""
 
     def __init__(self) -> None:
-        import time
-
         self._clock = time.monotonic
         self._begin = self._last = self._clock()
 
