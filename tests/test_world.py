@@ -106,8 +106,7 @@ def test_what_the_transformer_is_told(world: World, monkeypatch: pytest.MonkeyPa
     calls = spy(monkeypatch, world.model.transformer, "forward")
     world.generate(PROMPT, moving(5), steps=3)
     assert len(calls) == 6  # with and without the prompt
-    for (x, times), named in calls:
-        conditions = named["conditions"]
+    for (x, times, conditions), _ in calls:
         assert isinstance(conditions, Conditions)
         assert conditions.frame_mask[0, 0, :, 0, 0].tolist() == [1, 1, 0, 0, 0]
         assert times.shape == (1, 5) and times[0, :2].tolist() == [0, 0] and times[0, 2:].min() > 0

@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +277,8 @@ class World:
         latents = torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2)
         given = FrameCondition(latents, count, self.config.sampling.conditional_timestep)
         conditions = [Conditions(text, frame_mask=given.mask) for text in texts]
-        networks = [partial(self.model.transformer, conditions=c) for c in conditions]
+        transformer = self.model.transformer
+        networks = [lambda x, times, told=told: transformer(x, times, told) for told in conditions]
         velocity = guided_velocity(networks, given, noise, guidance)
         return solve(velocity, noise, schedule, self.config.sampling.solver, report)
 
