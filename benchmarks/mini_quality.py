@@ -8,13 +8,9 @@ frames stand in the same table. Writes a JSON, a Markdown table and a contact sh
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,9 @@ from orrery.eval import ShapeVotes, Verdict, copy_last, detect, empty_scene, fit
 from orrery.eval.judging import Track, true_tracks
 from orrery.files import atomic_file, check_writable
 from orrery.video import Video
+
+sys.path.insert(0, str(Path(__file__).parent))  # also when a test loads this file by its path
+from common import provenance
 
 HELD_OUT = 1_000_000  # seeds from here on are in no training set
 SCENES = ("drop", "push")
@@ -306,33 +305,6 @@ def gate(summary: dict[str, Any], vae_db: float) -> list[dict[str, Any]]:
 def gate_line(line: dict[str, Any]) -> str:
     """One condition of the gate as a line of text."""
     return f"- {'PASS' if line['passed'] else 'FAIL'}: {line['what']}: {line['measured']:.3g} ({line['needed']})"
-
-
-def provenance() -> dict[str, Any]:
-    """Where, when, at which commit and by which command a result was made."""
-
-    def git(*words: str) -> str | None:
-        try:
-            here = Path(__file__).parent
-            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        named = (line for line in info.read_text().splitlines() if line.startswith("model name"))
-        cpu = next(named, f":{cpu}").split(":", 1)[1].strip()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    status = git("status", "--porcelain")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "threads": torch.get_num_threads()},
-        "versions": {"orrery": orrery.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
 
 
 def markdown(result: dict[str, Any]) -> str:

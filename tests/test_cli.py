@@ -183,7 +183,10 @@ def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_models(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("models") == 0
-    assert capsys.readouterr().out.startswith("mini ")
+    listed = capsys.readouterr().out
+    assert "mini" in listed and "in the package" in listed
+    assert "predict2.5-14b-pretrained" in listed and "28.7" in listed and "not downloaded" in listed
+    assert "predict2.5-2b-action" in listed and "not supported yet" in listed
     assert call("models", tiny_folder) == 0
     text = capsys.readouterr().out
     assert "32x48, 17 frames at 10 a second" in text and "ball" in text and "bounces" in text

@@ -1,5 +1,6 @@
 """World.generate: the three kinds of start, chunks, determinism, and everything it refuses."""
 
+import dataclasses
 import re
 import warnings
 from pathlib import Path
@@ -74,9 +75,13 @@ def spy(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list:
     return calls
 
 
+def plan_of(world: World, request):
+    return world.plan(request.size, request.frames)
+
+
 def arrival(world: World, seed: int, known: torch.Tensor) -> torch.Tensor:
     """Where given frames end: their path is straight, and starts at noise although its first sigma is not quite 1."""
-    sigma = world._schedule(4).sigmas[0]
+    sigma = world._schedule(world.config.sampling).sigmas[0]
     assert 0 < 1 - sigma < 1e-3
     return sigma * known + (1 - sigma) * numpy_noise(seed, (1, 16, 5, 4, 6))[:, :, : known.shape[2]]
 
@@ -87,7 +92,7 @@ def test_only_the_given_frames_are_encoded_and_they_are_kept(
 ) -> None:
     encoded = spy(monkeypatch, world.model.vae, "encode")
     request = world.request(PROMPT, moving(count))
-    latents = world._latents(request, None)
+    latents = world._latents(request, plan_of(world, request), None)
     ((frames, known),) = ((args[0], result) for args, result in encoded)
     assert frames.shape == (1, 3, given, 32, 48)
     assert torch.equal(frames, moving(count)[-given:].to_tensor())  # the LAST frames of a longer video
@@ -135,9 +140,9 @@ def test_long_videos_are_chained_in_latent_space(world: World, monkeypatch: pyte
     assert len(video) == 41  # 11 latents: 5 + 3 + 3
     assert len(chunks) == 3 and len(encoded) == 1 and len(decoded) == 1
     for index, ((_, before), (args, now)) in enumerate(zip(chunks[:-1], chunks[1:])):
-        assert torch.equal(args[1], before[:, :, -2:])  # the last two latents go over as they are
-        assert torch.allclose(now[:, :, :2], arrival(world, index + 1, args[1]), atol=1e-5)
-    assert not torch.equal(chunks[0][0][0], chunks[1][0][0])  # each with noise of its own
+        assert torch.equal(args[5], before[:, :, -2:])  # the last two latents go over as they are
+        assert torch.allclose(now[:, :, :2], arrival(world, index + 1, args[5]), atol=1e-5)
+    assert not torch.equal(chunks[0][1][:, :, 2:], chunks[1][1][:, :, 2:])  # each with noise of its own
     whole = torch.cat([chunks[0][1], chunks[1][1][:, :, 2:], chunks[2][1][:, :, 2:]], dim=2)
     assert torch.equal(decoded[0][0][0], whole)
     assert done == [(step, 12) for step in range(1, 13)]
@@ -152,7 +157,7 @@ def test_a_short_video_is_the_beginning_of_a_native_one(world: World) -> None:
 
 def test_streamed_decoding_is_whole_decoding(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = world.generate(PROMPT, seed=1)
-    monkeypatch.setattr("orrery.world.PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr("orrery.world.plan.PIXELS_AT_ONCE", 1)
     assert difference(world.generate(PROMPT, seed=1), whole) < 0.01
 
 
@@ -183,10 +188,9 @@ def test_another_size(world: World) -> None:
     assert world.generate(PROMPT, moving(1), size=(48, 32), steps=1).frames.shape == (17, 48, 32, 3)
 
 
-def test_karras_schedule_of_a_config(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampling = world.config.sampling
-    monkeypatch.setitem(sampling.__dict__, "schedule", "karras")
-    assert torch.equal(world._schedule(6).sigmas, karras_schedule(6).sigmas)
+def test_karras_schedule_of_a_config(world: World) -> None:
+    sampling = dataclasses.replace(world.config.sampling, schedule="karras", steps=6)
+    assert torch.equal(world._schedule(sampling).sigmas, karras_schedule(6).sigmas)
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,10 @@ def atomic_folder(path: str | os.PathLike[str], replaces: str) -> Iterator[Path]
     try:
         partial.mkdir()
         yield partial
-        for file in partial.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
         if path.is_dir():
             os.replace(path, old)
         try:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orrery.flow import Schedule, karras_schedule, shift_schedule
+from orrery.flow import Schedule, distilled_schedule, karras_schedule, shift_schedule
 
 
 def test_shift_schedule_has_the_published_numbers():
@@ -45,7 +45,7 @@ def test_shift_one_is_linear():
     assert torch.allclose(sigmas, torch.tensor([0.999, 0.74925, 0.4995, 0.24975, 0.0]), atol=1e-7)
 
 
-@pytest.mark.parametrize("make, count", [(shift_schedule, 1), (karras_schedule, 2)])
+@pytest.mark.parametrize("make, count", [(shift_schedule, 1), (karras_schedule, 2), (distilled_schedule, 1)])
 def test_one_step(make, count):
     assert len(make(1)) == count
 
@@ -53,6 +53,13 @@ def test_one_step(make, count):
 def test_dtypes_are_float32():
     schedule = karras_schedule(5)
     assert schedule.sigmas.dtype == schedule.timesteps.dtype == torch.float32
+
+
+def test_distilled_schedule_is_the_published_four_steps():
+    schedule = distilled_schedule()
+    assert schedule.sigmas.tolist() == pytest.approx([1, 15 / 16, 5 / 6, 5 / 8, 0], abs=1e-7)
+    assert schedule.timesteps.tolist() == pytest.approx([1000, 937.5, 2500 / 3, 625])
+    assert distilled_schedule(4, exact_times=False).timesteps.tolist() == [1000, 937, 833, 625]
 
 
 def test_impossible_schedules_are_refused():

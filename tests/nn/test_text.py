@@ -45,13 +45,13 @@ def test_tokens_are_padded_on_the_right_or_cut(encoder):
     vocabulary = encoder.tokenizer.get_vocab()
     assert tokens[0].tolist() == [vocabulary["a"], vocabulary["red"], vocabulary["ball"]] + [0] * 9
     assert tokens[1].tolist() == [0] * 12 and tokens[2].tolist() == [vocabulary["a"]] * 12
-    assert [encoder.tokens_cut(p) for p in ("a red ball", "a " * 20)] == [0, 8]
+    assert [encoder.reader.tokens_cut(p) for p in ("a red ball", "a " * 20)] == [0, 8]
     assert encoder.tokenize([]).shape == (0, 12)
 
 
 def test_unknown_words_are_listed_once_in_order(encoder):
-    assert encoder.unknown_words("A GREEN ball, a {purple} green cube") == ["green", "{", "purple", "}"]
-    assert encoder.unknown_words("") == []
+    assert encoder.reader.unknown_words("A GREEN ball, a {purple} green cube") == ["green", "{", "purple", "}"]
+    assert encoder.reader.unknown_words("") == []
 
 
 def test_each_layer_is_standardised_per_token(encoder):
@@ -173,7 +173,7 @@ def test_chat_template_with_either_family_of_tokenizers(family):
         "<|im_start|>system\nYou are a helpful assistant who will provide prompts to an image generator.<|im_end|>\n"
         "<|im_start|>user\na {red} ball<|im_end|>\n"
     )
-    assert encoder.unknown_words("zxqv") == []
+    assert encoder.reader.unknown_words("zxqv") == []
     long = encoder.tokenize(["x" * 500])[0].tolist()
     assert len(long) == 160 and long.count(end) == 1 and pad not in long  # the closing tag is lost
 

@@ -97,13 +97,13 @@ def test_weights_must_match_exactly(folder: Path) -> None:
     whole = load_file(path)
     key = "blocks.1.mlp.layer1.weight"
     save_file({k: v for k, v in whole.items() if k != key}, path)
-    with pytest.raises(InputError, match=f"lacks 1 of {len(whole)} weights, the first is {key}"):
+    with pytest.raises(InputError, match=f"lacks 1 of {len(whole)} weights: {key}"):
         load_model(folder)
     save_file(whole | {"blocks.7.extra": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match=r"1 unknown weights, the first is blocks\.7\.extra"):
+    with pytest.raises(InputError, match=r"1 unknown weights: blocks\.7\.extra"):
         load_model(folder)
     save_file(whole | {key: whole[key][:-1].contiguous()}, path)
-    with pytest.raises(InputError, match=rf"{key} is \[191, 48\], config\.json asks for \[192, 48\]"):
+    with pytest.raises(InputError, match=rf"1 weights have another shape: {key} is \[191, 48\], the config asks for \[192, 48\]"):
         load_model(folder)
 
 
@@ -157,7 +157,7 @@ def test_hash_follows_every_file(folder: Path) -> None:
 
 
 def test_find_model(folder: Path, tmp_path: Path) -> None:
-    assert find_model(str(folder)) == folder
+    assert find_model(str(folder)).folder == folder
     with pytest.raises(InputError, match=r"unknown model 'minni' \(did you mean 'mini'\?\); allowed are mini"):
         find_model("minni")
     with pytest.raises(InputError, match="not a model"):

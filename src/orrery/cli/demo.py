@@ -47,7 +47,7 @@ def run(
     typer.echo(f"2. from an image ({output}/2_start.png): {caption}\n   {output}/2_from_image.mp4")
 
     caption, real = _simulated(*VIDEO, world.config)
-    given = world.model.vae.temporal_factor + 1
+    given = world.factors.temporal + 1
     video = generate_to(output / "3_from_video.mp4", world, caption, start=real[:given], seed=seed)
     typer.echo(f"3. from the first {given} frames of a simulation: {caption}\n   {output}/3_from_video.mp4")
 

@@ -18,7 +18,10 @@ from orrery.errors import OrreryError
 
 VERBS = {
     "generate": "Simulate what happens next, as video: from words, an image or a video.",
+    "batch": "Generate every job of the official inference files.",
     "models": "List the models, or describe one.",
+    "plan": "What a generation needs of a GPU, before anything is loaded.",
+    "convert": "A model from one format to another: official .pt, diffusers, ours.",
     "sim": "Make clips with MuJoCo, with all their ground truth.",
     "train": "Train the VAE or the transformer by a recipe.",
     "demo": "Three generated worlds, the last beside what MuJoCo really did.",

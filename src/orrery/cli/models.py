@@ -1,47 +1,98 @@
 """`orrery models`: what there is to generate with."""
 
-from typing import Annotated
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from orrery.cli.options import check_name
+
+if TYPE_CHECKING:
+    from orrery.weights import ModelConfig
 
 
 def run(
     model: Annotated[
-        str | None, typer.Argument(help="A name or a folder: describe this one.", show_default=False)
+        str | None, typer.Argument(help="A name, a folder, a file, OWNER/NAME: describe this one.", show_default=False)
     ] = None,
 ) -> None:
-    """List the models, or describe one: sizes, sampling, the words it knows, where its weights lie.
+    """List the models with size and state, or describe one: networks, sampling, where its weights lie.
 
-    Example: orrery models mini
+    Nothing is downloaded here, but for a hub repository's small files.
+
+    Example: orrery models predict2.5-2b
     """
-    from orrery.weights import CATALOGUE
-
     if model is not None:
         describe(model)
         return
+    from rich.console import Console
+    from rich.table import Table
+
+    from orrery.weights import CATALOGUE
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model", no_wrap=True)
+    table.add_column("GB", justify="right")
+    table.add_column("state", no_wrap=True)
+    table.add_column("what it is")
     for entry in CATALOGUE.values():
-        typer.echo(f"{entry.name:8} {entry.summary}{'' if entry.available else ' (weights missing)'}")
-    typer.echo("A folder that holds a model's config.json is a model too; `orrery models NAME` says more.")
+        table.add_row(entry.name, f"{entry.size / 1e9:.3g}", entry.state, entry.summary)
+    Console().print(table)
+    typer.echo(
+        "\nA model folder, an official .pt, a diffusers directory and OWNER/NAME of a hub repository are models too."
+    )
+    typer.echo("The published ones share a VAE (0.5 GB) and a text encoder (16.6 GB), downloaded once.")
+    typer.echo("`orrery models NAME` says more; `orrery plan NAME` what it needs of a GPU.")
 
 
 def describe(model: str) -> None:
-    """Print what a model's folder says about it."""
-    from orrery.weights import find_model
+    """Print what is known about a model without reading its weights."""
+    check_name(model)
+    from orrery.weights import CATALOGUE, find_model
+    from orrery.weights.sources import PARTS
 
-    folder = find_model(model)  # a wrong name is told before torch is imported
-    from orrery.weights import load_model, model_hash
-
-    loaded = load_model(folder)
-    config, sampling = loaded.config, loaded.config.sampling
+    files = find_model(model)
+    config, sampling = files.config, files.config.sampling
     height, width = config.resolution
-    typer.echo(f"{model}: {folder}")
-    typer.echo(f"  hash         {model_hash(folder)}")
+    typer.echo(f"{model}: {CATALOGUE[model].summary if model in CATALOGUE else files.name}")
     typer.echo(f"  native size  {height}x{width}, {config.frames} frames at {config.fps:g} a second")
-    for name in ("transformer", "vae", "text"):
-        count = sum(weight.numel() for weight in getattr(loaded, name).parameters())
-        typer.echo(f"  {name:11}  {count / 1e6:.2f} M parameters")
-    typer.echo(f"  sampling     {sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}")
-    if loaded.text.unknown_words("\N{REPLACEMENT CHARACTER}"):  # it reads a closed list of words
-        words = sorted(word for word in loaded.text.tokenizer.get_vocab() if word.isalnum())
+    for name, count in _parameters(config).items():
+        typer.echo(f"  {name:11}  {count / 1e6:,.2f} M parameters")
+    typer.echo(
+        f"  sampling     {sampling.solver}, {sampling.schedule} schedule, {sampling.steps} steps, "
+        f"guidance {sampling.guidance:g}"
+    )
+    given = sampling.conditional_timestep
+    typer.echo(f"  given frames are told {'the time of the others' if given is None else f'time {given:g} of 1000'}")
+    for name in PARTS:
+        typer.echo(f"  {name:11}  {files.parts[name].layout} layout, {files.parts[name].identity}")
+    if files.folder is None:
+        return
+    from orrery.nn.text import PromptReader
+    from orrery.weights import model_hash
+    from orrery.weights.store import load_tokenizer
+
+    typer.echo(f"  hash         {model_hash(files)}")
+    reader = PromptReader(config.text, load_tokenizer(files.tokenizer()))
+    if reader.unknown_words("\N{REPLACEMENT CHARACTER}"):  # it reads a closed list of words
+        words = sorted(word for word in reader.tokenizer.get_vocab() if word.isalnum())
         typer.echo(f"  words        {' '.join(words)}")
-    typer.echo(f"  model card   {folder / 'README.md'}")
+    typer.echo(f"  model card   {files.folder / 'README.md'}")
+
+
+def _parameters(config: "ModelConfig") -> dict[str, int]:
+    """Of each network."""
+    import torch
+
+    from orrery.nn.dit import DiT
+    from orrery.nn.text import PAD, TextEncoder, word_tokenizer
+    from orrery.nn.vae import VAE
+
+    text = dataclasses.replace(config.text, pad_token=PAD)
+    with torch.device("meta"):
+        networks = {
+            "transformer": DiT(config.transformer),
+            "vae": VAE(config.vae),
+            "text": TextEncoder(text, word_tokenizer(["word"])),
+        }
+    return {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from orrery.world import Request, World
 
 MOST_SCALE = 64
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 EASY_TO_SEE = 768  # pixels: smaller videos are enlarged to about this
+
+
+def is_image(output: Path) -> bool:
+    """Whether a picture is to be written, not a video."""
+    return output.suffix.lower() in IMAGES
 
 
 def companions(output: Path) -> tuple[Path, Path]:
@@ -35,9 +41,9 @@ def check_output(output: Path, start: Path | None = None, scale: int | None = No
     """
     if scale is not None and not 1 <= scale <= MOST_SCALE:
         raise InputError(f"scale must be a whole number from 1 to {MOST_SCALE}, got {scale}")
-    if output.suffix.lower() != ".mp4":
+    if output.suffix.lower() != ".mp4" and not is_image(output):
         suffix = repr(output.suffix) if output.suffix else "missing"
-        raise InputError(f"cannot write {output}: its suffix is {suffix}, allowed is .mp4")
+        raise InputError(f"cannot write {output}: its suffix is {suffix}, allowed is .mp4 (or .png for one frame)")
     for path in (output, *companions(output)):
         check_writable(path)
         if path.is_dir():
@@ -47,9 +53,18 @@ def check_output(output: Path, start: Path | None = None, scale: int | None = No
 
 
 def generate_to(
-    output: Path, world: "World", prompt: str, scale: int | None = None, loading: float = 0.0, **options: Any
+    output: Path,
+    world: "World",
+    prompt: str,
+    scale: int | None = None,
+    loading: float = 0.0,
+    cut: int | None = None,
+    **options: Any,
 ) -> "Video":
-    """`world.generate(prompt, **options)` with a progress bar, then the three files. `loading`: seconds, recorded."""
+    """`world.generate(prompt, **options)` with a progress bar, then the three files.
+
+    loading: seconds, recorded. cut: frames that are kept of it.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -62,6 +77,9 @@ def generate_to(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("generating", total=None)
         video = world.run(request, lambda done, total: bar.update(task, completed=done, total=total))
+    video = video[: cut or len(video)]
+    if is_image(output) and len(video) > 1:
+        raise InputError(f"cannot write {len(video)} frames to {output}: a picture holds one; use .mp4")
     seconds = {"loading": round(loading, 2), "generating": round(time.perf_counter() - began, 2)}
     record = describe(world, request, options.get("start"), video, scale) | {"seconds": seconds}
     write_all(video, output, scale, record)
@@ -93,12 +111,15 @@ def describe(world: "World", request: "Request", start: Any, video: "Video", sca
         "steps": request.steps,
         "guidance": request.guidance,
         "sampling": {
-            "solver": world.config.sampling.solver,
-            "schedule": world.config.sampling.schedule,
-            "shift": world.config.sampling.shift,
-            "exact_times": world.config.sampling.exact_times,
-            "conditional_timestep": world.config.sampling.conditional_timestep,
+            "solver": request.sampling.solver,
+            "schedule": request.sampling.schedule,
+            "shift": request.sampling.shift,
+            "exact_times": request.sampling.exact_times,
+            "conditional_timestep": request.sampling.conditional_timestep,
         },
+        "overlap": request.overlap,
+        "handover": request.handover,
+        "loras": [{"file": lora.name, "scale": lora.scale, "hash": lora.hash} for lora in world.loras],
         "frames": len(video),
         "fps": video.fps,
         "size": [video.height, video.width],

@@ -4,18 +4,20 @@ Pure functions on tensors (and two small stateful solvers). No networks, no file
 """
 
 from .conditioning import FrameCondition, frame_mask, sample_counts
-from .guidance import guided, guided_velocity
+from .guidance import guided, guided_velocity, one_by_one, side_by_side
 from .noise import numpy_noise
 from .path import interpolate, noise_from_velocity, sample_times, shift_times, velocity_target, x0_from_velocity
-from .schedule import Schedule, karras_schedule, shift_schedule
-from .solvers import SOLVERS, Euler, UniPC, solve
+from .schedule import Schedule, distilled_schedule, karras_schedule, shift_schedule
+from .solvers import SOLVERS, Euler, Renoise, UniPC, solve
 
 __all__ = [
     "SOLVERS",
     "Euler",
     "FrameCondition",
+    "Renoise",
     "Schedule",
     "UniPC",
+    "distilled_schedule",
     "frame_mask",
     "guided",
     "guided_velocity",
@@ -23,10 +25,12 @@ __all__ = [
     "karras_schedule",
     "noise_from_velocity",
     "numpy_noise",
+    "one_by_one",
     "sample_counts",
     "sample_times",
     "shift_schedule",
     "shift_times",
+    "side_by_side",
     "solve",
     "velocity_target",
     "x0_from_velocity",

@@ -17,18 +17,34 @@ def guided(v_cond: Tensor, v_uncond: Tensor, g: float) -> Tensor:
 
 
 def guided_velocity(
-    networks: Sequence[Callable[[Tensor, Tensor], Tensor]], given: FrameCondition, noise: Tensor, g: float
+    predict: Callable[[Tensor, Tensor], Sequence[Tensor]], given: FrameCondition, noise: Tensor, g: float
 ) -> Callable[[Tensor, float], Tensor]:
     """The velocity field that `solve` follows: given frames put in place, guidance between two predictions.
 
     Args:
-        networks: v(x, times), conditional first, then, where there is guidance, what it leads away from; one or two.
+        predict: (x, times) -> the conditional velocity and, where there is guidance, the one it leads away from; each
+            of x's shape. `one_by_one` and `side_by_side` make it out of a network.
         given: what the clip begins with. noise: the clip's starting noise [B, C, T, H, W]. g: see `guided`.
     """
 
     def velocity(x: Tensor, timestep: float) -> Tensor:
         x, times = given.replace(x), given.timesteps(timestep)
-        answers = [given.velocity(network(x, times).float(), noise) for network in networks]
+        answers = [given.velocity(answer.float(), noise) for answer in predict(x, times)]
         return guided(answers[0], answers[1], g) if len(answers) == 2 else answers[0]
 
     return velocity
+
+
+def one_by_one(networks: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """Predictions of one v(x, times) after the other: half the memory."""
+    return lambda x, times: [network(x, times) for network in networks]
+
+
+def side_by_side(network: Callable[[Tensor, Tensor], Tensor], count: int) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """Predictions of one v(x, times) that answers `count` texts in one batch [count * B, ...], text by text."""
+
+    def predict(x: Tensor, times: Tensor) -> list[Tensor]:
+        answers = network(x.repeat(count, *[1] * (x.ndim - 1)), times.repeat(count, *[1] * (times.ndim - 1)))
+        return list(answers.chunk(count))
+
+    return predict

@@ -1,4 +1,4 @@
-"""Noise levels and network times of a sampling run: the two published schedules.
+"""Noise levels and network times of a sampling run: the three published schedules.
 
 A schedule has N noise levels sigma (which are the flow times t in (0, 1]) and a final 0. The network is asked N
 times, and is told a time in 0..1000 units that the official code TRUNCATES to a whole number while the solver keeps
@@ -83,3 +83,17 @@ def karras_schedule(
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     ratio = (top + ramp * (bottom - top)) ** rho
     return _schedule(ratio / (1 + ratio), exact_times)
+
+
+def distilled_schedule(steps: int = 4, shift: float = 5.0, exact_times: bool = True) -> Schedule:
+    """The schedule of the distilled 2B: `steps` evaluations, the first at pure noise (sigma 1).
+
+    s runs linearly from 1 down to (not including) 0, then sigma = shift s / (1 + (shift - 1) s). Four steps are
+    1, 15/16, 5/6, 5/8: the flow times of the TrigFlow angles pi/2, atan 15, atan 5 and atan 5/3 that the student was
+    trained at (tan(angle) = sigma / (1 - sigma)). Specification of the base model, section 4.8.
+    """
+    _check_steps(steps)
+    if not shift > 0:
+        raise ValueError(f"shift is {shift}; it must be positive")
+    s = np.linspace(1.0, 0.0, steps + 1)[:-1]
+    return _schedule(shift * s / (1 + (shift - 1) * s), exact_times)

@@ -1,4 +1,4 @@
-"""Solvers that carry noise to latents along a velocity field: Euler and UniPC.
+"""Solvers that carry noise to latents along a velocity field: Euler, UniPC, and the sampler of distilled models.
 
 UniPC is the unified predictor-corrector of Zhao et al. 2023 (arXiv 2302.04867) in the configuration that the
 published models use: multistep, order 2, B2(h) = e^h - 1, data prediction (x0 = x - sigma v), corrector from the
@@ -38,6 +38,34 @@ class Euler:
         sigma, following = self.schedule.sigmas[self.index : self.index + 2].tolist()
         self.index += 1
         return x.float() + (following - sigma) * v.float()
+
+
+class Renoise:
+    """The sampler of distilled models: to the end in one leap, then back up with the SAME starting noise.
+
+    m = x - sigma v is where the velocity points; the next latents are (1 - sigma_next) m + sigma_next noise, with the
+    noise that the trajectory began with. In the angles of TrigFlow, where x' = cos(a) x0 + sin(a) noise, this is
+    x0 = c_skip x' + c_out F, x'_next = cos(a_next) x0 + sin(a_next) noise: with sigma = sin / (sin + cos) the network's
+    input c_in x' is the flow's latents x, and F is its velocity. Specification, section 4.8. Stateful: one object per
+    trajectory, which must begin at sigma 1.
+    """
+
+    def __init__(self, schedule: Schedule):
+        if schedule.sigmas[0] != 1:
+            raise ValueError(f"the first sigma is {schedule.sigmas[0].item()}; this sampler begins at pure noise, 1")
+        self.schedule = schedule
+        self.index = 0
+        self._noise = torch.empty(0)  # what the first step is given
+
+    def step(self, v: Tensor, x: Tensor) -> Tensor:
+        """From latents x at the current sigma and velocity v there, to latents at the next; float32."""
+        _check_step(self.index, self.schedule, v, x)
+        x = x.float()
+        if self.index == 0:
+            self._noise = x
+        sigma, following = self.schedule.sigmas[self.index : self.index + 2].tolist()
+        self.index += 1
+        return (1 - following) * (x - sigma * v.float()) + following * self._noise
 
 
 @dataclass(frozen=True)
@@ -129,7 +157,7 @@ class UniPC:
         return base + interval.pull * (rho_0 * bend + rho_1 * (arrived - newest))
 
 
-SOLVERS: dict[str, type[UniPC] | type[Euler]] = {"unipc": UniPC, "euler": Euler}
+SOLVERS: dict[str, type[UniPC] | type[Euler] | type[Renoise]] = {"unipc": UniPC, "euler": Euler, "renoise": Renoise}
 
 
 def solve(

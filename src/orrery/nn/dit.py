@@ -7,7 +7,7 @@ The parameter names are those of the published files without their `net.` prefix
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from orrery.nn.attention import EPS, Attention, RMSNorm
-from orrery.nn.rope import apply_rope, axis_sizes, cached_rope_table
+from orrery.nn.rope import TOKENS_AT_ONCE, apply_rope, axis_sizes, cached_rope_table
 
 Rope = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
@@ -103,6 +103,14 @@ class TextContext:
 
     layers: tuple[KeysValues, ...]
 
+    @staticmethod
+    def batched(texts: Sequence["TextContext"]) -> "TextContext":
+        """Several texts of one length as one batch, in that order."""
+        layers = zip(*(text.layers for text in texts), strict=True)
+        return TextContext(
+            tuple((torch.cat([k for k, _ in each]), torch.cat([v for _, v in each])) for each in layers)
+        )
+
     @property
     def batch(self) -> int:
         return self.layers[0][0].shape[0]
@@ -131,7 +139,7 @@ class Conditions:
 
 def full_precision(wanted: bool, device: torch.device) -> AbstractContextManager:
     """Keeps an enclosing autocast out of the fp32 regions, where wanted; costs nothing where there is none."""
-    if wanted and torch.is_autocast_enabled(device.type):
+    if wanted and device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -216,7 +224,15 @@ class MLP(nn.Module):
         self.layer2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer2(F.gelu(self.layer1(x)))
+        """x [..., width] -> the same shape. Without gradients, TOKENS_AT_ONCE rows at a time, for the memory of the
+        hidden layer."""
+        rows = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled() or len(rows) <= TOKENS_AT_ONCE:
+            return self.layer2(F.gelu(self.layer1(x)))
+        out = torch.empty_like(rows)
+        for part, piece in zip(out.split(TOKENS_AT_ONCE), rows.split(TOKENS_AT_ONCE), strict=True):
+            part.copy_(self.layer2(F.gelu(self.layer1(piece))))
+        return out.view_as(x)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -256,7 +272,10 @@ class Block(nn.Module):
         shift, scale, gate = self_attn
         h = modulated_norm(x, shift, scale).flatten(1, 3)
         q, (k, v) = self.self_attn.queries(h), self.self_attn.keys_values(h)
-        x = torch.addcmul(x, gate, self.self_attn(apply_rope(q, *rope), apply_rope(k, *rope), v).view_as(x))
+        del h
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        x = torch.addcmul(x, gate, self.self_attn(q, k, v).view_as(x))
+        del q, k, v
 
         shift, scale, gate = cross_attn
         q = self.cross_attn.queries(modulated_norm(x, shift, scale).flatten(1, 3))
@@ -303,6 +322,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.walk: Callable[[], Iterable[nn.Module]] | None = None  # how blocks are gone through: see nn.offload
         self.x_embedder = PatchEmbedding(config.input_channels, config.patch, config.width)
         self.t_embedder = nn.Sequential(Sinusoid(config.width), TimeMLP(config.width, bool(config.adaln_rank)))
         self.t_embedding_norm = RMSNorm(config.width)
@@ -344,7 +364,7 @@ class DiT(nn.Module):
     def encode_text(self, text: Tensor) -> TextContext:
         """Text [B, L, text_width] -> its keys and values in every block, for all the steps of a clip."""
         context = self.project_text(text)
-        return TextContext(tuple(cast(Block, block).cross_attn.keys_values(context) for block in self.blocks))
+        return TextContext(tuple(cast(Block, block).cross_attn.keys_values(context) for block in self._walk()))
 
     def project_text(self, text: Tensor) -> Tensor:
         """Text [B, L, text_width] -> cross-attention context [B, L, context_dim]."""
@@ -366,11 +386,15 @@ class DiT(nn.Module):
         x = self.x_embedder(self._input(latents, conditions))
         with full_precision(self.config.fp32_modulation, x.device):
             embedding, shared = self._embed_time(timesteps)
-        for block, layer_text in zip(self.blocks, text, strict=True):
+        for block, layer_text in zip(self._walk(), text, strict=True):
             x = self._run(block)(x, embedding, shared, layer_text, rope)
         with full_precision(self.config.fp32_modulation, x.device):
             x = self.final_layer(x, embedding, shared)
         return unpatchify(x, self.config.patch).float()
+
+    def _walk(self) -> Iterable[nn.Module]:
+        """The blocks in order, each with its weights where the network computes."""
+        return self.blocks if self.walk is None else self.walk()
 
     def _run(self, block: nn.Module) -> Callable[..., Tensor]:
         if self.activation_checkpointing and torch.is_grad_enabled():

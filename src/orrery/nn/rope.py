@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 THETA = 10000.0
+TOKENS_AT_ONCE = 16_384
 BASE_FPS = 24.0  # the frame rate at which a position counts one latent frame, where fps modulation is on
 
 
@@ -80,8 +81,21 @@ def cached_rope_table(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, N, heads, dim] by a table [N, dim]; in fp32, back in the dtype of x."""
+    """Rotate x [B, N, heads, dim] by a table [N, dim]; in fp32, back in the dtype of x.
+
+    Without gradients, TOKENS_AT_ONCE at a time: the fp32 copies of a 720p clip would be the largest thing in memory.
+    """
     half = x.shape[-1] // 2
     cos, sin = cos[:, None, :half], sin[:, None, :half]  # both halves of a table are equal
-    first, second = x.float().split(half, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    if torch.is_grad_enabled() or x.shape[1] <= TOKENS_AT_ONCE:
+        return _rotate(x, cos, sin).to(x.dtype)
+    out = torch.empty_like(x)
+    for start in range(0, x.shape[1], TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        out[:, part] = _rotate(x[:, part], cos[part], sin[part])
+    return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().split(x.shape[-1] // 2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

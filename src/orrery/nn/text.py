@@ -111,6 +111,42 @@ def word_tokenizer(captions: Iterable[str]) -> "tokenizers.Tokenizer":
     return tokenizer
 
 
+class PromptReader:
+    """A prompt as the encoder will see it: template, tokenizer, cut or padded to L. Needs no network.
+
+    Args:
+        config: template, length, padding.
+        tokenizer: a `tokenizers.Tokenizer` or a tokenizer of `transformers`; its ids must fit into vocab_size.
+    """
+
+    def __init__(self, config: TextConfig, tokenizer: Any):
+        self.config = config
+        self.tokenizer = tokenizer
+        self._ids, self._pad, size = _reader(tokenizer, config.pad_token)
+        if size > config.vocab_size:
+            raise ValueError(f"the tokenizer has {size} tokens; vocab_size is {config.vocab_size}, which is too few")
+
+    def ids(self, prompt: str) -> list[int]:
+        """Exactly L token ids: the first L of the wrapped prompt, or padded on the right."""
+        found = self._all(prompt)[: self.config.length]
+        return found + [self._pad] * (self.config.length - len(found))
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt, in order and once each, that a word tokenizer does not know; [] for a BPE tokenizer."""
+        if getattr(getattr(self.tokenizer, "model", None), "unk_token", None) != UNKNOWN:
+            return []
+        text = self.tokenizer.normalizer.normalize_str(prompt)
+        words = [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return list(dict.fromkeys(word for word in words if self.tokenizer.token_to_id(word) is None))
+
+    def tokens_cut(self, prompt: str) -> int:
+        """How many tokens of the wrapped prompt `ids` cuts off because they do not fit into L; mostly 0."""
+        return max(0, len(self._all(prompt)) - self.config.length)
+
+    def _all(self, prompt: str) -> list[int]:
+        return self._ids(self.config.template.replace("{prompt}", prompt))  # not format(): a prompt may contain braces
+
+
 class TextEncoder(nn.Module):
     """Prompts or token ids -> [B, L, layers * hidden_size].
 
@@ -126,18 +162,14 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self._ids, self._pad, size = _reader(tokenizer, config.pad_token)
-        if size > config.vocab_size:
-            raise ValueError(f"the tokenizer has {size} tokens; vocab_size is {config.vocab_size}, which is too few")
+        self.reader = PromptReader(config, tokenizer)
         self.model: Any = _build(config)
         self.register_load_state_dict_post_hook(lambda module, _: module._keep_rotary())
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids [B, L] int64 on the model's device: template, then cut to the first L or padded on the right."""
-        length = self.config.length
-        rows = [self._ids(self._wrap(prompt))[:length] for prompt in prompts]
-        rows = [row + [self._pad] * (length - len(row)) for row in rows]
-        return torch.tensor(rows, dtype=torch.int64, device=self.model.embed_tokens.weight.device).reshape(-1, length)
+        rows = torch.tensor([self.reader.ids(prompt) for prompt in prompts], dtype=torch.int64)
+        return rows.reshape(-1, self.config.length).to(self.model.embed_tokens.weight.device)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Hidden states of layers 1 to n for token ids [B, L], normalised and concatenated: [B, L, text_dim] in the
@@ -150,21 +182,6 @@ class TextEncoder(nn.Module):
     def encode(self, prompts: list[str]) -> Tensor:
         """`forward` of `tokenize`: [B, L, text_dim]. An empty prompt is encoded like any other."""
         return self(self.tokenize(prompts))
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt, in order and once each, that a word tokenizer does not know; [] for a BPE tokenizer."""
-        if getattr(getattr(self.tokenizer, "model", None), "unk_token", None) != UNKNOWN:
-            return []
-        text = self.tokenizer.normalizer.normalize_str(prompt)
-        words = [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        return list(dict.fromkeys(word for word in words if self.tokenizer.token_to_id(word) is None))
-
-    def tokens_cut(self, prompt: str) -> int:
-        """How many tokens of the wrapped prompt `tokenize` cuts off because they do not fit into L; mostly 0."""
-        return max(0, len(self._ids(self._wrap(prompt))) - self.config.length)
-
-    def _wrap(self, prompt: str) -> str:
-        return self.config.template.replace("{prompt}", prompt)  # not format(): a prompt may contain braces
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

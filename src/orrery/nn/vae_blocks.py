@@ -136,7 +136,10 @@ class ChannelNorm(nn.Module):
         """x [..., C] -> the same shape and dtype."""
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=1e-12)
-        return (wide / norm * (self.gamma.flatten() * math.sqrt(x.shape[-1]))).to(x.dtype)
+        scale = self.gamma.flatten() * math.sqrt(x.shape[-1])
+        if torch.is_grad_enabled() or wide is x:
+            return (wide / norm * scale).to(x.dtype)
+        return wide.div_(norm).mul_(scale).to(x.dtype)  # in place: x was copied to float32
 
     def silu(self, x: Tensor) -> Tensor:
         """SiLU(self(x)); while training through a fused function."""

@@ -18,7 +18,8 @@ from orrery.errors import InputError
 from orrery.nn.vae import VAE, VAEConfig
 from orrery.train.checkpoint import write_atomically, write_text
 from orrery.train.recipe import FlowRecipe
-from orrery.weights.store import Model, ModelConfig, Sampling, save_model
+from orrery.weights.config import ModelConfig, Sampling
+from orrery.weights.store import Model, save_model
 
 
 def commit() -> str:

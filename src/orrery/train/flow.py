@@ -21,7 +21,7 @@ from orrery.data.latents import LatentCache, cache_latents
 from orrery.data.order import ShuffledOrder
 from orrery.errors import InputError
 from orrery.flow.conditioning import FrameCondition, sample_counts
-from orrery.flow.guidance import guided_velocity
+from orrery.flow.guidance import guided_velocity, one_by_one
 from orrery.flow.noise import numpy_noise
 from orrery.flow.path import interpolate, sample_times, velocity_target
 from orrery.flow.schedule import shift_schedule
@@ -215,7 +215,7 @@ class FlowTask:
         texts = [text, torch.zeros_like(text)] if recipe.validation.guidance > 0 else [text]
         conditions = [Conditions(transformer.encode_text(each), condition.mask) for each in texts]
         networks = [partial(transformer, conditions=c) for c in conditions]
-        velocity = guided_velocity(networks, condition, noise, recipe.validation.guidance)
+        velocity = guided_velocity(one_by_one(networks), condition, noise, recipe.validation.guidance)
         schedule = shift_schedule(recipe.validation.sample_steps, recipe.loss.shift, exact_times=True)
         return solve(velocity, noise, schedule)
 

@@ -1,6 +1,6 @@
-"""Weights on disk: the catalogue of models, strict loading, atomic saving.
+"""Models on disk: the catalogue, the formats, strict loading, atomic saving.
 
-A model is one folder:
+A model folder of ours:
 
     config.json               every option of its three networks, how to sample it, what it was trained on
     transformer.safetensors   the DiT, in the key layout of the published checkpoints
@@ -9,32 +9,62 @@ A model is one folder:
     tokenizer.json            its tokenizer
     README.md                 the model card
 
-What loads and saves is imported on first use, so that the catalogue can be asked without waiting for torch.
+`find_model` finds a model (a name, a folder, an official .pt, a diffusers directory, a hub repository); `load_model`
+and `load_part` read it; `convert` writes it in another format. All but the catalogue is imported on first use, so that
+it can be asked without waiting for torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from orrery.weights.catalogue import CATALOGUE, ModelEntry, find_model
+from orrery.weights.catalogue import ASPECTS, CATALOGUE, SIZES, ModelEntry, find_entry, size_of
 
 if TYPE_CHECKING:
-    from orrery.weights.store import Model, ModelConfig, Sampling, load_model, model_hash, save_model
+    from orrery.weights.config import ModelConfig, Sampling
+    from orrery.weights.convert import convert
+    from orrery.weights.lora import Lora, merge, read_lora
+    from orrery.weights.sources import ModelFiles, find_model
+    from orrery.weights.store import Model, load_model, load_part, model_hash, save_model
 
+_HOMES = {
+    "ModelConfig": "config",
+    "Sampling": "config",
+    "convert": "convert",
+    "Lora": "lora",
+    "merge": "lora",
+    "read_lora": "lora",
+    "ModelFiles": "sources",
+    "find_model": "sources",
+    "Model": "store",
+    "load_model": "store",
+    "load_part": "store",
+    "model_hash": "store",
+    "save_model": "store",
+}
 __all__ = [
+    "ASPECTS",
     "CATALOGUE",
+    "SIZES",
+    "Lora",
     "Model",
     "ModelConfig",
     "ModelEntry",
+    "ModelFiles",
     "Sampling",
+    "convert",
+    "find_entry",
     "find_model",
     "load_model",
+    "load_part",
+    "merge",
     "model_hash",
+    "read_lora",
     "save_model",
+    "size_of",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'orrery.weights' has no attribute {name!r}")
-    from orrery.weights import store
-
-    return getattr(store, name)
+    return getattr(import_module(f"orrery.weights.{_HOMES[name]}"), name)

@@ -1,61 +1,240 @@
-"""The models that have a name. Any other model is named by its folder."""
+"""The models that have a name, and where their files lie. Specification of the base model, section 2.3.
 
-from dataclasses import dataclass
+No torch is imported here: `orrery models` answers at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from orrery.errors import InputError
 
 _HERE = Path(__file__).parent
+GB = 1e9
+
+NEGATIVE_PROMPT = (
+    "The video captures a series of frames showing ugly scenes, static with no motion, motion blur, over-saturation, "
+    "shaky footage, low resolution, grainy texture, pixelated images, poorly lit areas, underexposed and overexposed "
+    "scenes, poor color balance, washed out colors, choppy sequences, jerky movements, low frame rate, artifacting, "
+    "color banding, unnatural transitions, outdated special effects, fake elements, unconvincing visuals, poorly "
+    "edited content, jump cuts, visual noise, and flickering. Overall, the video is of poor quality."
+)
+# (H, W) by resolution and aspect ratio (width to height). Specification, section 4.5.
+SIZES: dict[str, dict[str, tuple[int, int]]] = {
+    "256": {"1:1": (256, 256), "4:3": (256, 320), "3:4": (320, 256), "16:9": (192, 320), "9:16": (320, 192)},
+    "480": {"1:1": (480, 480), "4:3": (480, 640), "3:4": (640, 480), "16:9": (432, 768), "9:16": (768, 432)},
+    "480p": {"1:1": (640, 640), "4:3": (480, 640), "3:4": (640, 480), "16:9": (480, 832), "9:16": (832, 480)},
+    "512": {"1:1": (512, 512), "4:3": (512, 640), "3:4": (640, 512), "16:9": (384, 640), "9:16": (640, 384)},
+    "720": {"1:1": (960, 960), "4:3": (704, 960), "3:4": (960, 704), "16:9": (704, 1280), "9:16": (1280, 704)},
+    "720p": {"1:1": (960, 960), "4:3": (720, 960), "3:4": (960, 720), "16:9": (720, 1280), "9:16": (1280, 720)},
+    "1024": {"1:1": (1024, 1024), "4:3": (1024, 1280), "3:4": (1280, 1024), "16:9": (768, 1280), "9:16": (1280, 768)},
+    "1080": {"1:1": (1024, 1024), "4:3": (1056, 1440), "3:4": (1440, 1056), "16:9": (1056, 1920), "9:16": (1920, 1056)},
+}
+ASPECTS = tuple(SIZES["720"])
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """A file of a hub repository, or the part of it that the patterns name, at one revision; and how many bytes."""
+
+    repo: str
+    revision: str | None
+    file: str | None = None
+    patterns: tuple[str, ...] = ()
+    size: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.file or ''}@{(self.revision or 'main')[:12]}"
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A named model: one line about it, and the folder it lies in."""
+    """A named model.
+
+    folder: of a model that comes with the package. weights: the transformer of a published one; its VAE and its text
+    encoder are the COMPONENTS. network: preset of the transformer. sampling: what differs from `Sampling`'s defaults.
+    unsupported: why it cannot be loaded yet.
+    """
 
     name: str
     summary: str
-    folder: Path
+    folder: Path | None = None
+    weights: HubFiles | None = None
+    network: str = "2b"
+    network_options: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    text_only: bool = False
+    unsupported: str = ""
 
     @property
-    def available(self) -> bool:
-        """Its weights are on this machine."""
-        return (self.folder / "config.json").is_file()
+    def state(self) -> str:
+        """In a word or two: whether its own weights are on this machine."""
+        if self.folder is not None:
+            return "in the package" if (self.folder / "config.json").is_file() else "missing"
+        if self.unsupported:
+            return "not supported yet"
+        from orrery.weights.hub import cached_file
+
+        assert self.weights is not None and self.weights.file is not None
+        here = cached_file(self.weights.repo, self.weights.file, self.weights.revision)
+        return "downloaded" if here else "not downloaded"
+
+    @property
+    def size(self) -> float:
+        """Bytes of its own weights: of the files in the package, or of the published file."""
+        if self.folder is not None:
+            return float(sum(file.stat().st_size for file in self.folder.glob("*.safetensors")))
+        return self.weights.size if self.weights else 0.0
 
 
-CATALOGUE = {
-    entry.name: entry
-    for entry in (
-        ModelEntry(
-            "mini",
-            "orrery-mini: small worlds of falling and pushed things, trained by us in MuJoCo; inside the package",
-            _HERE / "mini",
-        ),
-    )
+_2B, _14B, _EXPERIMENTAL = "nvidia/Cosmos-Predict2.5-2B", "nvidia/Cosmos-Predict2.5-14B", "nvidia/Cosmos-Experimental"
+_SIZE_2B, _SIZE_14B = 4.12 * GB, 28.74 * GB
+_MAIN_2B = "15a82a2ec231bc318692aa0456a36537c806e7d4"
+_POST = {"schedule": "karras", "conditional_timestep": 0.1}
+_DISTILLED = {"solver": "renoise", "schedule": "distilled", "steps": 4, "guidance": 0.0, "exact_times": True}
+_DISTILLED |= {"conditional_timestep": 0.1}
+_ACTIONS, _VIEWS, _CAMERAS = "action conditioning", "multi-view", "camera conditioning"
+
+
+def _published(name: str, repo: str, file: str, revision: str | None, summary: str, **more: Any) -> ModelEntry:
+    size = _SIZE_14B if more.get("network") == "14b" else _SIZE_2B
+    return ModelEntry(name, summary, weights=HubFiles(repo, revision, file, size=size), **more)
+
+
+_ENTRIES = (
+    ModelEntry(
+        "mini",
+        "orrery-mini: small worlds of falling and pushed things, trained by us in MuJoCo",
+        folder=_HERE / "mini",
+        network="mini",
+    ),
+    _published(
+        "predict2.5-2b", _2B, "base/post-trained/81edfebe-bd6a-4039-8c1d-737df1a790bf_ema_bf16.pt", _MAIN_2B,
+        "2B, post-trained (merged, then RL): the published default", sampling=_POST,
+    ),
+    _published(
+        "predict2.5-2b-pretrained", _2B, "base/pre-trained/d20b7120-df3e-4911-919d-db6e08bad31c_ema_bf16.pt", _MAIN_2B,
+        "2B, pre-trained: the one to fine-tune",
+    ),
+    _published(
+        "predict2.5-2b-distilled", _2B, "base/distilled/575edf0f-d973-4c74-b52c-69929a08d0a5_ema_bf16.pt",
+        "e26f8a125a2235c5a00245a65207402dd0cdcb89", "2B, distilled to 4 steps without guidance; for Text2World",
+        network_options={"fp32_modulation": False}, sampling=_DISTILLED, text_only=True,
+    ),
+    _published(
+        "predict2.5-14b", _14B, "base/post-trained/e21d2a49-4747-44c8-ba44-9f6f9243715f_ema_bf16.pt",
+        "2bc4ca5ba5a20b9858a7ddb856bc82d70b030fbe", "14B, post-trained", network="14b",
+    ),
+    _published(
+        "predict2.5-14b-pretrained", _14B, "base/pre-trained/54937b8c-29de-4f04-862c-e67b04ec41e8_ema_bf16.pt",
+        "03eb354f35eae0d6e0c1be3c9f94d8551e125570", "14B, pre-trained", network="14b",
+    ),
+    _published(
+        "predict2.5-2b-multiview", _2B, "auto/multiview/524af350-2e43-496c-8590-3646ae1325da_ema_bf16.pt",
+        "865baf084d4c9e850eac59a021277d5a9b9e8b63", "2B for driving: 7 views, 29 frames", unsupported=_VIEWS,
+    ),
+    _published(
+        "predict2.5-2b-multiview-v1", _2B, "auto/multiview/6b9d7548-33bb-4517-b5e8-60caf47edba7_ema_bf16.pt", _MAIN_2B,
+        "its first release", unsupported=_VIEWS,
+    ),
+    _published(
+        "predict2.5-2b-action", _2B, "robot/action-cond/38c6c645-7d41-4560-8eeb-6f4ddc0e6574_ema_bf16.pt", None,
+        "2B for robot actions: Bridge, 256x320, 13 frames, 7 numbers an action", unsupported=_ACTIONS,
+    ),
+    _published(
+        "predict2.5-2b-camera", _2B, "robot/multiview-agibot/f740321e-2cd6-4370-bbfe-545f4eca2065_ema_bf16.pt",
+        "fbe72c18d152053029a19db3b211cf78671ad422", "2B for moving cameras: AgiBot's three", unsupported=_CAMERAS,
+    ),
+    _published(
+        "predict2.5-2b-camera-v1", _EXPERIMENTAL, "7f6b99b7-7fac-4e74-8dbe-a394cb56ef99/model_ema_bf16.pt",
+        "9a02ed8daa8c6c7718ac09da06488bfd1d363cb6", "its first release, experimental", unsupported=_CAMERAS,
+    ),
+    _published(
+        "predict2.5-2b-syncam", _EXPERIMENTAL, "0e8177cc-0db5-4cfd-a8a4-b820c772f4fc/model_ema_bf16.pt",
+        "9a02ed8daa8c6c7718ac09da06488bfd1d363cb6", "2B for synchronous cameras, experimental", unsupported=_CAMERAS,
+    ),
+    _published(
+        "predict2.5-2b-many-cameras", _EXPERIMENTAL, "a8794d70-842c-44a5-95bb-9010d5ace7be/model_ema_bf16.pt", None,
+        "2B, four views in and one out, 480p, experimental", unsupported=_CAMERAS,
+    ),
+    _published(
+        "predict2.5-2b-gr00t", _EXPERIMENTAL, "7bbc8d06-2bc9-448d-94ee-b48b4ab7189c/model_ema_bf16.pt",
+        "2b5e9a99b58d5a61259ca99962c4c74127481006", "interactive warm-up on GR00T, experimental", unsupported=_ACTIONS,
+    ),
+    _published(
+        "predict2.5-2b-gr1", _EXPERIMENTAL, "bedc35da-1a54-4144-83db-6072c29b0fd9",
+        "ded876a5b2e19aef64cd9d1100c03e5b05cf2f9c", "interactive warm-up on GR1, experimental",
+        unsupported="torch's distributed checkpoint folders",
+    ),
+    _published(
+        "predict2.5-2b-edm", _EXPERIMENTAL, "308eb96c-c4c0-4a06-9cc1-103a43beff28",
+        "eda2f0ca1db6281c9a960908bb6bf14607a0fea0", "2B of the EDM stage of training, experimental",
+        unsupported="torch's distributed checkpoint folders",
+    ),
+    _published(
+        "predict2.5-2b-37k", _EXPERIMENTAL, "24a3b7b8-6a3d-432d-b7d1-5d30b9229465/model_ema_bf16.pt",
+        "9a02ed8daa8c6c7718ac09da06488bfd1d363cb6", "2B, the frozen base under Cosmos-Transfer2.5, experimental",
+    ),
+)  # fmt: skip
+CATALOGUE = {entry.name: entry for entry in _ENTRIES}
+
+# What the published models share.
+COMPONENTS = {
+    "wan2.1": HubFiles(_2B, "f176dc95b4a70f53ce01c4b302851595e7322b00", "tokenizer.pth", size=0.508 * GB),
+    "reason1-7b": HubFiles(
+        "nvidia/Cosmos-Reason1-7B",
+        "3210bec0495fdc7a8d3dbb8d58da5711eab4b423",
+        patterns=("*.safetensors", "*.json", "*.txt"),
+        size=16.6 * GB,
+    ),
 }
+NATIVE: dict[str, Any] = {"fps": 16.0, "frames": 93, "resolution": (704, 1280)}
 
 
-def find_model(name_or_path: str | PathLike[str]) -> Path:
-    """The folder of a model, by name or by path. A name wins over a folder of that name (write ./NAME for the folder).
+def find_entry(name: str) -> ModelEntry:
+    """The entry of that name.
 
     Raises:
-        InputError: neither a name of the catalogue nor a folder with a config.json; or its weights are not here.
+        InputError: there is none, or it cannot be loaded yet.
     """
-    entry = CATALOGUE.get(str(name_or_path))
-    if entry is not None:
-        if not entry.available:
-            raise InputError(f"the weights of model {entry.name!r} are missing: {entry.folder} holds no config.json")
-        return entry.folder
-    if not str(name_or_path):
-        raise InputError(f"the model is {str(name_or_path)!r}; allowed are {', '.join(CATALOGUE)}, or a model's folder")
-    folder = Path(name_or_path)
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.is_dir():
-        raise InputError(f"{folder} is not a model: it holds no config.json")
-    close = get_close_matches(str(name_or_path), CATALOGUE, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise InputError(
-        f"unknown model {str(name_or_path)!r}{hint}; allowed are {', '.join(CATALOGUE)}, or the folder of a model"
-    )
+    entry = CATALOGUE.get(name)
+    if entry is None:
+        close = get_close_matches(name, CATALOGUE, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise InputError(
+            f"unknown model {name!r}{hint}; allowed are {', '.join(supported())}, a model's folder, an official .pt, a "
+            "diffusers directory, or OWNER/NAME of a hub repository"
+        )
+    if entry.unsupported:
+        raise InputError(f"model {name!r} is not supported yet: it needs {entry.unsupported}")
+    return entry
+
+
+def supported() -> list[str]:
+    """Names that can be loaded."""
+    return [name for name, entry in CATALOGUE.items() if not entry.unsupported]
+
+
+def entry_of_file(path: Path) -> ModelEntry | None:
+    """The entry whose published file this is, by the identifier in its name."""
+    for entry in CATALOGUE.values():
+        if entry.weights and entry.weights.file:
+            identifier = next((part for part in reversed(entry.weights.file.split("/")) if part.count("-") >= 4), "")
+            if identifier and identifier.removesuffix("_ema_bf16.pt") in str(path):
+                return entry
+    return None
+
+
+def size_of(resolution: str, aspect: str = "16:9") -> tuple[int, int]:
+    """(H, W) of an entry of the published table, such as "720" and "16:9" (width to height).
+
+    Raises:
+        InputError: no such entry.
+    """
+    if resolution not in SIZES:
+        raise InputError(f"resolution is {resolution!r}; allowed are {', '.join(SIZES)}, or a size HxW")
+    if aspect not in ASPECTS:
+        raise InputError(f"aspect is {aspect!r}; allowed are {', '.join(ASPECTS)} (width to height)")
+    return SIZES[resolution][aspect]

@@ -1,114 +1,38 @@
-"""Saving and loading a model folder: config.json, three safetensors files, the tokenizer, the card.
+"""Models into memory, strictly, and model folders onto the disk.
 
-Loading is strict: a key too many, a key too few, a shape that differs, an unknown option are errors that name it.
+A network is built on the meta device, its weights are mapped from their files, renamed by the layout's table, compared
+key by key and shape by shape, and handed over one tensor at a time: on a CPU, in the dtype of the file, the mapped
+pages are the weights; otherwise each is copied where it belongs. So the host never holds more than the file once.
 """
 
-import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from orrery.errors import InputError
+from orrery.errors import InputError, one_line
 from orrery.files import atomic_folder
-from orrery.nn.dit import DiT, DiTConfig
-from orrery.nn.text import TextConfig, TextEncoder
-from orrery.nn.vae import VAE, VAEConfig
+from orrery.nn.dit import DiT
+from orrery.nn.text import TextEncoder
+from orrery.nn.vae import VAE
+from orrery.weights.config import ModelConfig
+from orrery.weights.layouts import TEXT_EXTRA, diffusers_transformer_key, diffusers_vae_key, text_key, text_prefix
+from orrery.weights.lora import lora_from_tensors, merged_weights
+from orrery.weights.official import official_weights
+from orrery.weights.sources import PARTS, ModelFiles, Part, find_model
+from orrery.weights.tensors import read_tensors, tensor_files
 
-PARTS = ("transformer", "vae", "text")
-SOLVERS = ("unipc", "euler")
-SCHEDULES = ("shift", "karras")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a model wants to be sampled; the defaults are those of the published pre-trained models.
-
-    schedule "shift" uses `shift`; "karras" does not. exact_times: the network is told 1000 sigma, not its whole part.
-    guidance: g of v_c + g (v_c - v_u). conditional_timestep: time that given frames are told, None for that of the
-    others. negative_prompt: text of v_u; None for zeros in place of the text.
-    """
-
-    solver: str = "unipc"
-    schedule: str = "shift"
-    shift: float = 5.0
-    exact_times: bool = False
-    steps: int = 35
-    guidance: float = 7.0
-    conditional_timestep: float | None = None
-    negative_prompt: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver is {self.solver!r}; allowed are {', '.join(SOLVERS)}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; allowed are {', '.join(SCHEDULES)}")
-        if self.steps < 1 or not self.shift > 0 or not (self.guidance >= 0 and math.isfinite(self.guidance)):
-            raise ValueError(
-                f"steps must be at least 1, shift above 0 and guidance at least 0, "
-                f"got {self.steps}, {self.shift}, {self.guidance}"
-            )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything in config.json. frames (4k + 1) and resolution (H, W) are the model's native size in pixels;
-    `training` records where the weights come from and is not interpreted."""
-
-    transformer: DiTConfig
-    vae: VAEConfig
-    text: TextConfig
-    sampling: Sampling
-    fps: float
-    frames: int
-    resolution: tuple[int, int]
-    training: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "resolution", tuple(self.resolution))
-        if self.frames % 4 != 1 or self.frames < 5:
-            raise ValueError(f"frames must be 4k + 1 and at least 5, got {self.frames}")
-        if len(self.resolution) != 2 or min(self.resolution) < 1:
-            raise ValueError(f"resolution must be [H, W], got {list(self.resolution)}")
-        if not self.fps > 0:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
-        if self.transformer.text_width != self.text.text_dim:
-            raise ValueError(
-                f"the transformer takes text of width {self.transformer.text_width}, "
-                f"the text encoder gives {self.text.text_dim}"
-            )
-        if self.transformer.latent_channels != self.vae.latent_channels:
-            raise ValueError(
-                f"the transformer has {self.transformer.latent_channels} latent channels, "
-                f"the VAE {self.vae.latent_channels}"
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict, the inverse of `from_json`."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> "ModelConfig":
-        """A ModelConfig from parsed JSON.
-
-        Raises:
-            ValueError: a missing or unknown key, an impossible value.
-        """
-        parts = {"transformer": DiTConfig, "vae": VAEConfig, "text": TextConfig, "sampling": Sampling}
-        _check_keys(ModelConfig, values, "config.json")
-        built: dict[str, Any] = {name: _dataclass(part, values[name], name) for name, part in parts.items()}
-        return ModelConfig(**dict(values) | built)
+NAMED_KEYS = 3  # of many, in an error
+HASHED_WHOLE = 256 * 2**20
+SAMPLES, SAMPLE = 64, 2**20
 
 
 @dataclass(frozen=True)
@@ -121,46 +45,116 @@ class Model:
     text: TextEncoder
 
 
-T = TypeVar("T")
+def load_model(
+    name_or_path: str | PathLike[str] | ModelFiles,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """All three networks of a model, in evaluation mode.
+
+    Args:
+        name_or_path: what `find_model` takes, or what it returned.
+        device, dtype: of the transformer and the text encoder; the VAE is float32.
+
+    Raises:
+        InputError: a file is missing or broken; config.json has an unknown key or an impossible value; the weights
+            have a key too many, a key too few, or another shape.
+    """
+    files = name_or_path if isinstance(name_or_path, ModelFiles) else find_model(name_or_path)
+    parts: dict[str, Any] = {
+        name: load_part(files, name, device, torch.float32 if name == "vae" else dtype) for name in PARTS
+    }
+    return Model(files.config, **parts)
 
 
-def _check_keys(kind: type, values: Any, where: str) -> None:
-    """Refuse what is not a dict with exactly the fields of `kind` (those with a default may be left out)."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must be a table of options, got {values!r}")
-    fields = {item.name: item for item in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            raise ValueError(f"{where} has the unknown key {key!r}; allowed are {', '.join(fields)}")
-    for name, item in fields.items():
-        optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
-        if not optional and name not in values:
-            raise ValueError(f"{where} lacks the key {name!r}")
-    hints = get_type_hints(kind)
-    for key, value in values.items():
-        if not _fits(hints[key], value):
-            kinds = getattr(hints[key], "__name__", None) if get_origin(hints[key]) is None else None
-            raise ValueError(f"{where}: {key} is {value!r}; allowed is {kinds or hints[key]}")
+def load_part(
+    files: ModelFiles, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> nn.Module:
+    """One network of a model ("transformer", "vae" or "text") with its weights, in evaluation mode, frozen.
+
+    dtype: None for that of the file. Raises InputError as `load_model` does.
+    """
+    module = empty_part(files, name)
+    weights = part_weights(files, name, module)
+    module.load_state_dict({key: value.to(device, dtype) for key, value in weights.items()}, assign=True)
+    return module.eval().requires_grad_(False)
 
 
-def _fits(hint: Any, value: Any) -> bool:
-    """Whether a JSON value can be what a config's field is annotated as; kinds that JSON has no word for always do."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(choice, value) for choice in inner)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
-        return len(kinds) == len(value) and all(map(_fits, kinds, value))
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-    return not isinstance(hint, type) or hint not in (str, bool, NoneType) or isinstance(value, hint)
+def empty_part(files: ModelFiles, name: str) -> nn.Module:
+    """The network on the meta device: every shape, no number."""
+    config = files.config
+    try:
+        with torch.device("meta"):
+            if name == "text":
+                return TextEncoder(config.text, load_tokenizer(files.tokenizer()))
+            return DiT(config.transformer) if name == "transformer" else VAE(config.vae)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{files.name}: {one_line(error)}") from error
 
 
-def _dataclass(kind: type[T], values: Any, where: str) -> T:
-    _check_keys(kind, values, where)
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+def load_tokenizer(path: Path) -> Any:
+    """A tokenizer.json through `tokenizers`; a folder of another kind of tokenizer through `transformers`."""
+    try:
+        if path.is_dir():
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for a missing and for a broken file
+        raise InputError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def part_weights(files: ModelFiles, name: str, module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a part by our names, still on the disk, compared with the (meta) module.
+
+    Raises:
+        InputError: a key is missing, unknown or of another shape: the first few by name, and how many.
+    """
+    part = files.parts[name]
+    path = part.find()
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    tensors, renamed = _in_layout(part, path, files.config, wanted)
+    missing = [theirs for theirs in renamed.values() if theirs not in tensors]
+    unknown = sorted(tensors.keys() - set(renamed.values()))
+    if missing:
+        raise InputError(f"{path} lacks {len(missing)} of {len(wanted)} weights: {_few(missing)}")
+    if unknown:
+        raise InputError(f"{path} holds {len(unknown)} unknown weights: {_few(unknown)}")
+    weights = {ours: tensors[theirs] for ours, theirs in renamed.items()}
+    other = [key for key, value in weights.items() if tuple(value.shape) != wanted[key]]
+    if other:
+        shapes = f"{renamed[other[0]]} is {list(weights[other[0]].shape)}, the config asks for {list(wanted[other[0]])}"
+        raise InputError(f"{path}: {len(other)} weights have another shape: {shapes}")
+    return weights
+
+
+def _in_layout(
+    part: Part, path: Path, config: ModelConfig, wanted: Iterable[str]
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The tensors of a part's files that are weights, and for each of our names the name it has among them."""
+    tensors = read_tensors(path)
+    if part.layout == "official":
+        base, adapters = official_weights(tensors, str(path))
+        names = {name: name for name in wanted}
+        if not adapters:
+            return base, names
+        shapes = {key: tuple(value.shape) for key, value in base.items()}
+        return merged_weights(base, [lora_from_tensors(adapters, shapes, str(path))]), names
+    if part.layout == "qwen":
+        prefix = text_prefix(tensors.keys())
+        kept = {key: value for key, value in tensors.items() if not TEXT_EXTRA.match(key)}
+        return kept, {name: text_key(name, prefix) for name in wanted}
+    if part.layout == "diffusers":
+        if any(name.startswith("x_embedder.") for name in wanted):
+            return tensors, {name: diffusers_transformer_key(name) for name in wanted}
+        return tensors, {name: diffusers_vae_key(name, config.vae) for name in wanted}
+    return tensors, {name: name for name in wanted}  # "orrery", and "wan", whose names ours are
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:NAMED_KEYS]) + (", ..." if len(names) > NAMED_KEYS else "")
 
 
 def save_model(folder: str | PathLike[str], model: Model, card: str, dtype: torch.dtype = torch.float16) -> Path:
@@ -187,9 +181,14 @@ def save_model(folder: str | PathLike[str], model: Model, card: str, dtype: torc
         for name, blob in blobs.items():
             (partial / f"{name}.safetensors").write_bytes(blob)
         (partial / "tokenizer.json").write_text(model.text.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-        (partial / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(card.rstrip() + "\n", encoding="utf-8")
+        write_config(partial, config, card)
     return Path(folder)
+
+
+def write_config(folder: Path, config: ModelConfig, card: str) -> None:
+    """config.json and README.md."""
+    (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card.rstrip() + "\n", encoding="utf-8")
 
 
 def _stored(name: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -201,77 +200,41 @@ def _stored(name: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Tenso
     return weights
 
 
-def load_model(
-    folder: str | PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Model:
-    """Read a model folder, in evaluation mode.
+def model_hash(files: ModelFiles | str | PathLike[str]) -> str:
+    """16 hex digits of the SHA-256 over config, tokenizer and weights: which model made this video.
 
-    Args:
-        device, dtype: of the transformer and the text encoder; the VAE is float32 always.
-
-    Raises:
-        InputError: a file is missing or broken; config.json has an unknown key or an impossible value; the weights
-            have a key too many, a key too few, or another shape.
+    Parts that come from a hub at a fixed revision count by that; of a file above 256 MiB, its size and 64 samples.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception for a missing and for a broken file
-        raise InputError(f"cannot read {folder / 'tokenizer.json'}: {_one_line(error)}") from error
-    try:
-        with torch.device("meta"):  # no time spent on random weights that are about to be replaced
-            model = Model(config, DiT(config.transformer), VAE(config.vae), TextEncoder(config.text, tokenizer))
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: {_one_line(error)}") from error
-    for name in PARTS:
-        module: nn.Module = getattr(model, name)
-        _load(module, folder / f"{name}.safetensors", device, torch.float32 if name == "vae" else dtype)
-        module.eval().requires_grad_(False)
-    return model
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The config.json of a model folder.
-
-    Raises:
-        InputError: missing, not JSON, an unknown or missing key, an impossible value.
-    """
-    path = folder / "config.json"
-    try:
-        return ModelConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:  # JSON errors are ValueErrors
-        raise InputError(f"{path}: {_one_line(error)}") from error
-
-
-def _load(module: nn.Module, path: Path, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Put the tensors of a file into a module that is still on the meta device."""
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {path}: {_one_line(error)}") from error
-    wanted = module.state_dict()
-    missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    if missing:
-        raise InputError(f"{path} lacks {len(missing)} of {len(wanted)} weights, the first is {missing[0]}")
-    if unknown:
-        raise InputError(f"{path} holds {len(unknown)} unknown weights, the first is {unknown[0]}")
-    for key, value in weights.items():
-        if value.shape != wanted[key].shape:
-            raise InputError(f"{path}: {key} is {list(value.shape)}, config.json asks for {list(wanted[key].shape)}")
-    module.load_state_dict({key: value.to(device, dtype) for key, value in weights.items()}, assign=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def model_hash(folder: str | PathLike[str]) -> str:
-    """16 hex digits of the SHA-256 over config, tokenizer and weights: which model made this video."""
+    if not isinstance(files, ModelFiles):
+        files = find_model(files)
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", *(f"{part}.safetensors" for part in PARTS)):
-        with open(Path(folder) / name, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    if files.folder is not None and not files.config.shared:
+        names = ["config.json", "tokenizer.json", *(f"{part}.safetensors" for part in PARTS)]
+        for name in names:
+            digest.update(_file_digest(files.folder / name))
+        return digest.hexdigest()[:16]
+    digest.update(json.dumps(_plain(files.config.to_json()), sort_keys=True).encode())
+    for name in PARTS:
+        part = files.parts[name]
+        if "@" in part.identity:
+            digest.update(part.identity.encode())
+            continue
+        for path in tensor_files(part.find()):
+            digest.update(_file_digest(path))
     return digest.hexdigest()[:16]
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "training"}
+
+
+def _file_digest(path: Path) -> bytes:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= HASHED_WHOLE:
+            return hashlib.file_digest(file, "sha256").digest()
+        digest = hashlib.sha256(str(size).encode())
+        for index in range(SAMPLES):
+            file.seek((size - SAMPLE) * index // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE))
+        return digest.digest()

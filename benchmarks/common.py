@@ -1,0 +1,227 @@
+"""What every benchmark script needs: where a number was made, what the machine can do at most, fair timing, results.
+
+    from common import matmul_ceiling, paired, provenance, write_results
+
+`python benchmarks/NAME.py` finds this module because it lies beside the script.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import orrery
+from orrery.files import atomic_file
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """The CPU, its cores, torch's threads, the memory in GiB, and the first GPU (or None) and its memory."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        named = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        cpu = next(named, f":{cpu}").split(":", 1)[1].strip()
+    about = {"cpu": cpu, "cores": os.cpu_count(), "gpu": None, "threads": torch.get_num_threads()}
+    with suppress(ValueError, OSError):
+        about["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+        about["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+    return about
+
+
+def device_name(device: str | torch.device) -> str:
+    """The name of the GPU or CPU that `device` is."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else machine()["cpu"]
+
+
+def slug(text: str) -> str:
+    """`text` as a part of a file name: "Intel(R) Xeon(R) Processor" -> "intel-xeon-processor"."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
+
+
+def git(*words: str) -> str | None:
+    """What a git command prints in this repository; None outside of one or without git."""
+    try:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def dirty() -> bool | None:
+    """Whether the working tree differs from the commit; None if that cannot be told."""
+    status = git("status", "--porcelain")
+    return None if status is None else bool(status)
+
+
+def commit() -> str:
+    """The commit of the working tree, and whether the tree differs from it; "unknown" outside a repository."""
+    return (git("rev-parse", "HEAD") or "unknown") + (" with uncommitted changes" if dirty() else "")
+
+
+def provenance(*packages: str) -> dict[str, Any]:
+    """Where, when, at which commit and by which command a result was made; versions of torch and of `packages`."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": dirty(),
+        "machine": machine(),
+        "versions": {"orrery": orrery.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in packages},
+    }
+
+
+def made_line(about: Mapping[str, Any]) -> str:
+    """`provenance()` as one sentence of Markdown."""
+    where = about["machine"]
+    changed = " with uncommitted changes" if about["dirty"] else ""
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    return (
+        f"{about['date']}; commit {about['commit']}{changed}; {where['gpu'] or where['cpu']}, {where['cores']} cores, "
+        f"{where['threads']} threads; {versions}; `{about['command']}`."
+    )
+
+
+def synchronise() -> None:
+    """Wait until the GPU, if one is in use, has done what it was told."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds of one call, the GPU's work included."""
+    synchronise()
+    began = time.perf_counter()
+    function()
+    synchronise()
+    return time.perf_counter() - began
+
+
+def paired(functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each function, interleaved: what disturbs the machine meets all of them alike.
+
+    Each is first called `warmup` times untimed. Every second round runs in the opposite order. The i-th numbers of two
+    functions belong together: a ratio is the median of the ratios of pairs (`ratio`).
+    """
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(repeats):
+        for name in list(functions)[:: -1 if i % 2 else 1]:
+            seconds[name].append(timed(functions[name]))
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
+    """Median over the rounds of `paired` of time `over` / time `under`."""
+    return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+
+
+def _best(function: Callable[[], Any], calls: int, rounds: int) -> float:
+    """Seconds of one call in the best of `rounds` rounds of `calls` calls."""
+
+    def several() -> None:
+        for _ in range(calls):
+            function()
+
+    several()
+    return min(timed(several) for _ in range(rounds)) / calls
+
+
+def matmul_ceiling(device: str | torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """TFLOP/s of the best run of a square matrix product: what this machine can do at most in `dtype`, here and now.
+
+    size: side of the matrices (None = 8192 on a GPU, 2048 on a CPU). float32 uses what torch is set to (TF32 is off
+    unless the script turned it on).
+    """
+    gpu = torch.device(device).type == "cuda"
+    n = size or (8192 if gpu else 2048)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / _best(lambda: torch.mm(a, b, out=out), 10 if gpu else 1, 5) / 1e12
+
+
+def copy_ceiling(device: str | torch.device, mebibytes: int | None = None) -> float:
+    """GB/s (bytes read plus bytes written) of the best run of copying a large array within the memory of `device`.
+
+    mebibytes: size of the array (None = 2048 on a GPU, 256 on a CPU).
+    """
+    gpu = torch.device(device).type == "cuda"
+    source = torch.ones((mebibytes or (2048 if gpu else 256)) * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _best(lambda: target.copy_(source), 10 if gpu else 2, 5) / 1e9
+
+
+def _status_kib(key: str) -> int:
+    """A number such as VmRSS of this process out of /proc, in KiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1])
+
+
+def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int:
+    """Bytes by which one call of `function` raised the memory in use, at the highest moment; what it returns counts.
+
+    On a GPU: torch.cuda.max_memory_allocated. On a CPU: the resident memory of this process (Linux only), looked at
+    every millisecond; call it in a process of its own (`in_child`), before anything else has filled and freed memory.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        synchronise()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        synchronise()
+        return torch.cuda.max_memory_allocated(device) - before
+    with suppress(OSError, AttributeError):  # glibc only: give freed memory back, so that it is not filled unseen
+        ctypes.CDLL(None).malloc_trim(0)
+    before = highest = _status_kib("VmRSS")
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.001):
+            highest = max(highest, _status_kib("VmRSS"))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    function()
+    done.set()
+    watcher.join()
+    return (max(highest, _status_kib("VmRSS")) - before) * 1024
+
+
+def in_child(arguments: list[str]) -> Any:
+    """Run this script again in a process of its own with `arguments`; what its last line says, read as JSON."""
+    done = subprocess.run([sys.executable, sys.argv[0], *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write_results(name: str, data: Mapping[str, Any], markdown: str, folder: Path = RESULTS) -> list[Path]:
+    """Write folder/name.json and folder/name.md, each whole or not at all; returns the two paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {".json": json.dumps(data, indent=1) + "\n", ".md": markdown.rstrip("\n") + "\n"}
+    paths = []
+    for suffix, text in texts.items():
+        paths.append(folder / f"{name}{suffix}")
+        with atomic_file(paths[-1]) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return paths

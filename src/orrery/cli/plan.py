@@ -1,0 +1,83 @@
+"""`orrery plan`: what a generation needs of a GPU, before anything is loaded."""
+
+from typing import Annotated
+
+import typer
+
+from orrery.cli import options as opt
+
+CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A name, a folder, a file, OWNER/NAME.", show_default=False)],
+    size: opt.Size = None,
+    resolution: opt.Resolution = None,
+    aspect: opt.Aspect = "16:9",
+    frames: Annotated[int | None, typer.Option(help="Length, 4k + 1.", show_default="the model's")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of the GPU to plan for.", show_default="the one at hand, and usual sizes")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Peak memory of every stage, and how it is placed on GPUs of usual sizes. Nothing is loaded or downloaded.
+
+    The figures come from running the networks on tensors without numbers, so they are of this code at this size; a
+    margin of 8 % and 0.6 GiB is kept for the driver, workspaces and fragmentation.
+
+    Example: orrery plan predict2.5-2b --resolution 720 --memory 24
+    """
+    from orrery.errors import InputError
+
+    opt.check_name(model)
+    wanted = opt.parse_size(size, resolution, aspect)
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from orrery.weights import find_model
+    from orrery.world.plan import GIB, Shape, device_bytes, make_plan, measure
+    from orrery.world.request import Factors, check_frames, check_size
+    from orrery.world.world import DTYPES
+
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    if memory is not None and not memory > 0:
+        raise InputError(f"--memory must be above 0 GiB, got {memory}")
+    config = find_model(model).config
+    factors = Factors.of(config)
+    height, width = check_size(config, factors, wanted)
+    total = check_frames(config, factors, frames, None)
+    drawn = min(total, config.frames) if config.any_length else config.frames
+    shape = Shape((height, width), drawn, given=5, texts=2 if config.sampling.guidance > 0 else 1)
+    numbers, vae_numbers = DTYPES[dtype], DTYPES[config.vae_dtype]
+    needs = measure(config, shape, numbers, vae_numbers)
+    console = Console()
+    length = f"{total} frames" + (f" in chunks of {drawn}" if total > drawn else "")
+    console.print(f"{model}, {height}x{width}, {length}, {dtype} (VAE {config.vae_dtype})\n", highlight=False)
+    stages = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "weights GiB", "peak beyond them GiB"):
+        stages.add_column(column, justify="left" if column == "stage" else "right")
+    for name, weights, peak, note in (
+        ("text encoder", needs.text, needs.text_peak, ""),
+        (
+            "transformer",
+            needs.transformer,
+            needs.transformer_peak,
+            f"(guidance in one batch: {needs.batch_peak / GIB:.2f})",
+        ),
+        ("VAE", needs.vae, needs.vae_peak, f"(in tiles: {needs.tile_peak / GIB:.2f})"),
+    ):
+        stages.add_row(name, f"{weights / GIB:.2f}", f"{peak / GIB:.2f} {note}".rstrip())
+    console.print(stages, highlight=False)
+    cards: list[tuple[str, float]] = [(f"{size} GiB", size * GIB) for size in ([memory] if memory else CARDS)]
+    if memory is None and torch.cuda.is_available():
+        cards.insert(0, (torch.cuda.get_device_name(), device_bytes(torch.device("cuda"))))
+    plans = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("GPU", "fits", "peak GiB", "how"):
+        plans.add_column(column, justify="right" if column == "peak GiB" else "left")
+    for label, size_bytes in cards:
+        plan = make_plan(config, shape, size_bytes, numbers, vae_numbers)
+        plans.add_row(label, "yes" if plan.fits else "no", f"{plan.peak / GIB:.1f}", str(plan).split(";")[0])
+    console.print()
+    console.print(plans, highlight=False)

@@ -1,0 +1,189 @@
+"""config.json of a model folder: every option of its networks and how it wants to be sampled; checked key by key."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from orrery.errors import InputError, one_line
+from orrery.nn.dit import DiTConfig
+from orrery.nn.text import TextConfig
+from orrery.nn.vae import VAEConfig
+
+SOLVERS = ("unipc", "euler", "renoise")
+SCHEDULES = ("shift", "karras", "distilled")
+VAE_DTYPES = ("float32", "bfloat16")
+CONVENTIONS = ("official", "diffusers")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model wants to be sampled; the defaults are those of the published pre-trained models.
+
+    schedule "shift" and "distilled" use `shift`; "karras" does not. exact_times: the network is told 1000 sigma, not
+    its whole part. steps: of the solver; "karras" asks the network once more.
+    guidance: g of v_c + g (v_c - v_u). conditional_timestep: time that given frames are told, None for that of the
+    others. negative_prompt: text of v_u; None for zeros in place of the text.
+    """
+
+    solver: str = "unipc"
+    schedule: str = "shift"
+    shift: float = 5.0
+    exact_times: bool = False
+    steps: int = 35
+    guidance: float = 7.0
+    conditional_timestep: float | None = None
+    negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver is {self.solver!r}; allowed are {', '.join(SOLVERS)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; allowed are {', '.join(SCHEDULES)}")
+        if self.steps < 1 or not self.shift > 0 or not (self.guidance >= 0 and math.isfinite(self.guidance)):
+            raise ValueError(
+                f"steps must be at least 1, shift above 0 and guidance at least 0, "
+                f"got {self.steps}, {self.shift}, {self.guidance}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything in config.json.
+
+    frames (4k + 1), resolution (H, W): the model's native size in pixels. trained_sizes: other (H, W) that it was
+    trained at; outside them `generate` warns, but for a model that names none. any_length: shorter videos are drawn at
+    their own length; otherwise a native one is drawn and cut. text_only: it was published for Text2World alone.
+    vae_dtype: of the VAE on a GPU; on a CPU it is float32. shared: parts ("vae", "text") that lie not in the model's
+    folder but are components of the catalogue, by name. training: where the weights come from; not interpreted.
+    """
+
+    transformer: DiTConfig
+    vae: VAEConfig
+    text: TextConfig
+    sampling: Sampling
+    fps: float
+    frames: int
+    resolution: tuple[int, int]
+    trained_sizes: tuple[tuple[int, int], ...] = ()
+    any_length: bool = False
+    text_only: bool = False
+    vae_dtype: str = "float32"
+    shared: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "resolution", tuple(self.resolution))
+        object.__setattr__(self, "trained_sizes", tuple(tuple(size) for size in self.trained_sizes))
+        if self.vae_dtype not in VAE_DTYPES:
+            raise ValueError(f"vae_dtype is {self.vae_dtype!r}; allowed are {', '.join(VAE_DTYPES)}")
+        if self.frames % 4 != 1 or self.frames < 5:
+            raise ValueError(f"frames must be 4k + 1 and at least 5, got {self.frames}")
+        if len(self.resolution) != 2 or min(self.resolution) < 1:
+            raise ValueError(f"resolution must be [H, W], got {list(self.resolution)}")
+        if not self.fps > 0:
+            raise ValueError(f"fps must be above 0, got {self.fps}")
+        if self.transformer.text_width != self.text.text_dim:
+            raise ValueError(
+                f"the transformer takes text of width {self.transformer.text_width}, "
+                f"the text encoder gives {self.text.text_dim}"
+            )
+        if self.transformer.latent_channels != self.vae.latent_channels:
+            raise ValueError(
+                f"the transformer has {self.transformer.latent_channels} latent channels, "
+                f"the VAE {self.vae.latent_channels}"
+            )
+
+    def with_conventions(self, conventions: str | None) -> "ModelConfig":
+        """The same weights under the numerical conventions of the official code or of diffusers; None: as it is.
+
+        Official: rotary exponents rounded to bfloat16 as the weights were trained with, and times truncated to whole
+        numbers. diffusers: neither, and given frames are always told time 0.1. Specification, section 6.
+        """
+        if conventions is None:
+            return self
+        if conventions not in CONVENTIONS:
+            raise InputError(f"conventions is {conventions!r}; allowed are {', '.join(CONVENTIONS)}")
+        official = conventions == "official"
+        sampling = dataclasses.replace(self.sampling, exact_times=not official)
+        if not official:
+            sampling = dataclasses.replace(sampling, conditional_timestep=0.1)
+        transformer = dataclasses.replace(self.transformer, rope_bf16=official)
+        return dataclasses.replace(self, transformer=transformer, sampling=sampling)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict, the inverse of `from_json`."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "ModelConfig":
+        """A ModelConfig from parsed JSON.
+
+        Raises:
+            ValueError: a missing or unknown key, an impossible value.
+        """
+        parts = {"transformer": DiTConfig, "vae": VAEConfig, "text": TextConfig, "sampling": Sampling}
+        _check_keys(ModelConfig, values, "config.json")
+        built: dict[str, Any] = {name: _dataclass(part, values[name], name) for name, part in parts.items()}
+        return ModelConfig(**dict(values) | built)
+
+
+T = TypeVar("T")
+
+
+def _check_keys(kind: type, values: Any, where: str) -> None:
+    """Refuse what is not a dict with exactly the fields of `kind` (those with a default may be left out)."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a table of options, got {values!r}")
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"{where} has the unknown key {key!r}; allowed are {', '.join(fields)}")
+    for name, item in fields.items():
+        optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+        if not optional and name not in values:
+            raise ValueError(f"{where} lacks the key {name!r}")
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if not _fits(hints[key], value):
+            kinds = getattr(hints[key], "__name__", None) if get_origin(hints[key]) is None else None
+            raise ValueError(f"{where}: {key} is {value!r}; allowed is {kinds or hints[key]}")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a JSON value can be what a config's field is annotated as; kinds that JSON has no word for always do."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(choice, value) for choice in inner)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        return len(kinds) == len(value) and all(map(_fits, kinds, value))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return not isinstance(hint, type) or hint not in (str, bool, NoneType) or isinstance(value, hint)
+
+
+def _dataclass(kind: type[T], values: Any, where: str) -> T:
+    _check_keys(kind, values, where)
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config.json of a model folder.
+
+    Raises:
+        InputError: missing, not JSON, an unknown or missing key, an impossible value.
+    """
+    path = folder / "config.json"
+    try:
+        return ModelConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:  # JSON errors are ValueErrors
+        raise InputError(f"{path}: {one_line(error)}") from error

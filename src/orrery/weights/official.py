@@ -1,0 +1,114 @@
+"""Official checkpoints: what their keys say about the network, and writing them. Specification, section 2.1."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orrery.errors import InputError, note
+from orrery.nn.dit import DiTConfig
+from orrery.weights.layouts import OFFICIAL_EXTRA, official_buffers, official_prefix
+from orrery.weights.lora import split_adapters
+
+# Parameters that only a variant has, and what it is called.
+VARIANTS = (
+    (re.compile(r"(^|\.)control_blocks?\."), "a control branch (Cosmos-Transfer2.5)"),
+    (re.compile(r"(^|\.)control_embedder\."), "a control branch (Cosmos-Transfer2.5)"),
+    (re.compile(r"(^|\.)view_embeddings\."), "a multi-view model"),
+    (re.compile(r"(^|\.)action_embedder"), "an action-conditioned model"),
+    (re.compile(r"(^|\.)cam_encoder\."), "a camera-conditioned model"),
+)
+COUNTERS = re.compile(r"^accum_\w+$")
+
+
+def official_weights(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of an official file under our names, and the LoRA adapters that a fine-tune's file holds beside them.
+
+    Prefixes are taken off (of a training file, the averaged weights count); counters and tables are left out.
+    """
+    prefix = official_prefix(tensors.keys())
+    if prefix == "net_ema." and any(key.startswith("net.") for key in tensors):
+        note(f"{where} holds trained and averaged weights: the averaged ones are taken, as the official code does")
+    weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return split_adapters({key: value for key, value in weights.items() if not OFFICIAL_EXTRA.match(key)})
+
+
+def counters(tensors: Mapping[str, Tensor]) -> dict[str, int | float]:
+    """How much an official file says that it was trained: its `accum_*` values."""
+    prefix = official_prefix(tensors.keys())
+    return {
+        key.removeprefix(prefix): value.item()
+        for key, value in tensors.items()
+        if COUNTERS.match(key.removeprefix(prefix)) and value.numel() == 1
+    }
+
+
+def official_table(weights: Mapping[str, Tensor], config: DiTConfig, counts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An official file of our weights: `net.` before every name, the rotary tables and the counters beside them."""
+    table = dict(weights) | official_buffers(config)
+    for key, value in counts.items():
+        if COUNTERS.match(key):
+            table[key] = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float32)
+    return {f"net.{key}": value for key, value in table.items()}
+
+
+def is_diffusers(keys: Any) -> bool:
+    """Whether these are diffusers' names of a transformer."""
+    return any(key.startswith("transformer_blocks.") for key in keys)
+
+
+def check_variant(keys: Any, where: str) -> None:
+    """Refuse, by what it is, a network that is not the base transformer."""
+    for pattern, what in VARIANTS:
+        if found := next((key for key in keys if pattern.search(key)), None):
+            raise InputError(f"{where} is {what}, which is not supported yet (it holds {found})")
+
+
+def infer_transformer(shapes: Mapping[str, tuple[int, ...]], like: DiTConfig, where: str) -> DiTConfig:
+    """The config that a file's shapes speak of; what they do not say (rotary ratios, conventions) is taken from `like`.
+
+    shapes: by our names.
+
+    Raises:
+        InputError: a variant that is not supported, or no transformer of this family.
+    """
+    check_variant(shapes, where)
+    try:
+        width, patched = shapes["x_embedder.proj.1.weight"]
+        rank = shapes.get("blocks.0.adaln_modulation_mlp.2.weight", (0, 0))[1]
+        (head,) = shapes["blocks.0.self_attn.q_norm.weight"]
+        context = shapes["blocks.0.cross_attn.k_proj.weight"][1]
+        hidden = shapes["blocks.0.mlp.layer1.weight"][0]
+        out = shapes["final_layer.linear.weight"][0]
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{where} holds no transformer of this family: it lacks {error}") from None
+    text = shapes.get("crossattn_proj.0.weight")
+    volume = math.prod(like.patch)
+    latent, channels = out // volume, patched // volume
+    if channels - latent not in (1, 2):
+        raise InputError(
+            f"{where}: its patch embedding takes {channels} channels; a base model takes {latent + 1} or {latent + 2}"
+        )
+    depth = 1 + max(int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key)))
+    return DiTConfig(
+        latent_channels=latent,
+        width=width,
+        depth=depth,
+        heads=width // head,
+        mlp_ratio=hidden / width,
+        adaln_rank=rank or None,
+        patch=like.patch,
+        text_dim=text[1] if text else like.text_dim,
+        context_dim=context,
+        text_projection=text is not None,
+        max_size=like.max_size,
+        rope_ratios=like.rope_ratios,
+        rope_bf16=like.rope_bf16,
+        rope_fps_modulation=like.rope_fps_modulation,
+        timestep_scale=like.timestep_scale,
+        padding_mask=channels - latent == 2,
+        fp32_modulation=like.fp32_modulation,
+    )

@@ -1,0 +1,314 @@
+"""A diffusers directory of Cosmos2_5_PredictBasePipeline: its config files read as ours, and ours written as its.
+
+Weights are renamed by `layouts`; here are only the JSON files around them. Specification, sections 2.2, 3, 5 and 6.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from orrery.errors import InputError, note, one_line
+from orrery.nn.dit import DiTConfig
+from orrery.nn.text import CHAT_TEMPLATE, TextConfig
+from orrery.nn.vae import VAEConfig
+from orrery.weights.catalogue import NEGATIVE_PROMPT
+from orrery.weights.config import ModelConfig, Sampling
+
+INDEX = "model_index.json"
+PIPELINE = "Cosmos2_5_PredictBasePipeline"
+FOLDERS = {"transformer": "transformer", "vae": "vae", "text": "text_encoder"}
+TEXT_CLASSES = ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLTextModel", "Qwen2_5_VLModel")
+TEXT_LENGTH = 512
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file, or an InputError that names it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"cannot read {path}: it is not JSON ({one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"cannot read {path}: it holds no table of options")
+    return values
+
+
+def read_pipeline(folder: Path, text_folder: Path | None = None) -> ModelConfig:
+    """The config of a directory that diffusers saved, under diffusers' own conventions (specification, section 6).
+
+    text_folder: where the text encoder's config and tokenizer are, if not in the directory.
+
+    Raises:
+        InputError: another pipeline, a missing file, an option that this library has no equal of.
+    """
+    index = read_json(folder / INDEX)
+    if index.get("_class_name") != PIPELINE:
+        raise InputError(f"{folder} holds a {index.get('_class_name')}; allowed is {PIPELINE}")
+    try:
+        return ModelConfig(
+            transformer=transformer_config(folder / "transformer" / "config.json"),
+            vae=vae_config(folder / "vae" / "config.json"),
+            text=text_config(text_folder or folder / "text_encoder", (text_folder or folder / "tokenizer")),
+            sampling=_sampling(folder / "scheduler" / "scheduler_config.json"),
+            fps=16.0,
+            frames=93,
+            resolution=(704, 1280),
+            any_length=True,
+            vae_dtype="bfloat16",
+        )
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: {one_line(error)}") from error
+
+
+def transformer_config(path: Path) -> DiTConfig:
+    """Of a CosmosTransformer3DModel's config.json."""
+    given = read_json(path)
+    if given.get("_class_name", "CosmosTransformer3DModel") != "CosmosTransformer3DModel":
+        raise InputError(f"{path} is of a {given['_class_name']}; allowed is CosmosTransformer3DModel")
+    for key, why in (
+        ("controlnet_block_every_n", "a control branch"),
+        ("img_context_dim_in", "image context"),
+        ("extra_pos_embed_type", "learnable position embeddings"),
+    ):
+        if given.get(key) is not None:
+            raise InputError(f"{path}: {key} is {given[key]!r}: {why} is not supported yet")
+    heads, dim = given["num_attention_heads"], given["attention_head_dim"]
+    return DiTConfig(
+        latent_channels=given["in_channels"] - 1,
+        width=heads * dim,
+        depth=given["num_layers"],
+        heads=heads,
+        mlp_ratio=given["mlp_ratio"],
+        adaln_rank=given["adaln_lora_dim"],
+        patch=tuple(given["patch_size"]),
+        text_dim=given["crossattn_proj_in_channels"],
+        context_dim=given["encoder_hidden_states_channels"]
+        if given["use_crossattn_projection"]
+        else given["text_embed_dim"],
+        text_projection=given["use_crossattn_projection"],
+        max_size=tuple(given["max_size"]),
+        rope_ratios=tuple(given["rope_scale"]),
+        rope_bf16=False,
+        padding_mask=given["concat_padding_mask"],
+    )
+
+
+def transformer_json(config: DiTConfig) -> dict[str, Any]:
+    """config.json of a CosmosTransformer3DModel with the weights of this network.
+
+    Raises:
+        InputError: an option that diffusers has no equal of.
+    """
+    foreign = {"rope_fps_modulation": False, "timestep_scale": 0.001}
+    for key, needed in foreign.items():
+        if getattr(config, key) != needed:
+            raise InputError(f"diffusers knows no transformer with {key} = {getattr(config, key)}; it must be {needed}")
+    if not config.adaln_rank:
+        raise InputError("diffusers knows no transformer of full-rank modulation (adaln_rank 0)")
+    return {
+        "_class_name": "CosmosTransformer3DModel",
+        "in_channels": config.latent_channels + 1,
+        "out_channels": config.latent_channels,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "num_layers": config.depth,
+        "mlp_ratio": config.mlp_ratio,
+        "text_embed_dim": config.context_dim,
+        "adaln_lora_dim": config.adaln_rank,
+        "max_size": list(config.max_size),
+        "patch_size": list(config.patch),
+        "rope_scale": list(config.rope_ratios),
+        "concat_padding_mask": config.padding_mask,
+        "extra_pos_embed_type": None,
+        "use_crossattn_projection": config.text_projection,
+        "crossattn_proj_in_channels": config.text_dim,
+        "encoder_hidden_states_channels": config.context_dim,
+    }
+
+
+def vae_config(path: Path) -> VAEConfig:
+    """Of an AutoencoderKLWan's config.json."""
+    given = read_json(path)
+    if given.get("attn_scales"):
+        raise InputError(
+            f"{path}: attn_scales is {given['attn_scales']}; a VAE with attention in its levels is unknown"
+        )
+    return VAEConfig(
+        base=given["base_dim"],
+        decoder_base=given.get("decoder_base_dim"),
+        multipliers=given["dim_mult"],
+        res_blocks=given["num_res_blocks"],
+        temporal_down=given["temperal_downsample"],
+        latent_channels=given["z_dim"],
+        patch=given.get("patch_size") or 1,
+        shortcuts=given.get("is_residual", False),
+        latent_mean=given["latents_mean"],
+        latent_std=given["latents_std"],
+    )
+
+
+def vae_json(config: VAEConfig) -> dict[str, Any]:
+    """config.json of an AutoencoderKLWan with the weights of this VAE.
+
+    Raises:
+        InputError: a VAE that is none of Wan's.
+    """
+    foreign = {"temporal_patch": 1, "factorised": False, "attention": True}
+    for key, needed in foreign.items():
+        if getattr(config, key) != needed:
+            raise InputError(f"diffusers knows no VAE with {key} = {getattr(config, key)}; it must be {needed}")
+    if config.decoder_res_blocks not in (None, config.res_blocks + 1):
+        raise InputError(f"diffusers knows no VAE with decoder_res_blocks = {config.decoder_res_blocks}")
+    patched = config.patch > 1
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": config.base,
+        "decoder_base_dim": config.decoder_base,
+        "z_dim": config.latent_channels,
+        "dim_mult": list(config.multipliers),
+        "num_res_blocks": config.res_blocks,
+        "attn_scales": [],
+        "temperal_downsample": list(config.temporal_down),
+        "dropout": 0.0,
+        "latents_mean": list(config.latent_mean) or [0.0] * config.latent_channels,
+        "latents_std": list(config.latent_std) or [1.0] * config.latent_channels,
+        "is_residual": config.shortcuts,
+        "in_channels": config.pixel_channels,
+        "out_channels": config.pixel_channels,
+        "patch_size": config.patch if patched else None,
+        "scale_factor_temporal": 2 ** sum(config.temporal_down),
+        "scale_factor_spatial": config.patch * 2 ** len(config.temporal_down),
+    }
+
+
+def text_config(folder: Path, tokenizer: Path) -> TextConfig:
+    """Of the config.json of a Qwen2.5-VL (or its language tower) that transformers saved, and its tokenizer."""
+    from transformers import AutoConfig
+
+    read_json(folder / "config.json")
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read {folder / 'config.json'}: {one_line(error)}") from error
+    config = getattr(config, "text_config", None) or config
+    if not str(config.model_type).startswith("qwen2_5_vl"):
+        raise InputError(f"{folder} holds a text encoder of kind {config.model_type!r}; allowed is qwen2_5_vl")
+    rope = config.rope_parameters
+    half = config.hidden_size // config.num_attention_heads // 2
+    return TextConfig(
+        kind="qwen2_5_vl",
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        mlp=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        length=TEXT_LENGTH,
+        template=CHAT_TEMPLATE,
+        pad_token=_pad_token(tokenizer),
+        rope_theta=rope["rope_theta"],
+        mrope_section=tuple(rope.get("mrope_section") or (half - 2 * (half // 3), half // 3, half // 3)),
+        norm_eps=config.rms_norm_eps,
+    )
+
+
+def text_json(config: TextConfig) -> dict[str, Any]:
+    """config.json of a Qwen2_5_VLTextModel with the weights of this encoder."""
+    if config.kind != "qwen2_5_vl":
+        raise InputError(f"diffusers' pipeline takes a text encoder of kind qwen2_5_vl; this one is {config.kind}")
+    return {
+        "architectures": ["Qwen2_5_VLTextModel"],
+        "model_type": "qwen2_5_vl_text",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+        "max_position_embeddings": 128000,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rope_theta,
+            "mrope_section": list(config.mrope_section),
+        },
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def _pad_token(tokenizer: Path) -> str:
+    path = tokenizer / "tokenizer_config.json"
+    pad = read_json(path).get("pad_token") if path.is_file() else None
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    return pad or "<|endoftext|>"
+
+
+def _sampling(path: Path) -> Sampling:
+    """Of the scheduler's config.json; the rest are the pipeline's own defaults."""
+    given = read_json(path)
+    kind = given.get("_class_name", "UniPCMultistepScheduler")
+    if kind != "UniPCMultistepScheduler":
+        note(f"{path} is of a {kind}: sampled with UniPC all the same, as the published models are")
+    karras = bool(given.get("use_karras_sigmas"))
+    expected = {"sigma_max": 200.0, "sigma_min": 0.01}
+    if karras and any(given.get(key) not in (None, value) for key, value in expected.items()):
+        raise InputError(
+            f"{path}: sigma_max and sigma_min are {given.get('sigma_max')} and {given.get('sigma_min')}; "
+            "known are 200 and 0.01"
+        )
+    return Sampling(
+        schedule="karras" if karras else "shift",
+        shift=float(given.get("flow_shift") or 5.0),
+        exact_times=True,
+        conditional_timestep=0.1,
+        negative_prompt=NEGATIVE_PROMPT,
+    )
+
+
+def scheduler_json(sampling: Sampling) -> dict[str, Any]:
+    """scheduler_config.json: UniPC as the published pipelines have it."""
+    karras = sampling.schedule == "karras"
+    if sampling.schedule == "distilled":
+        note(
+            "diffusers has no sampler for the distilled model: the directory gets UniPC's, which will not do it justice"
+        )
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": sampling.shift,
+        "use_karras_sigmas": karras,
+        "sigma_max": 200.0 if karras else None,
+        "sigma_min": 0.01 if karras else None,
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "predict_x0": True,
+        "lower_order_final": True,
+        "final_sigmas_type": "zero",
+        "timestep_spacing": "linspace",
+    }
+
+
+def model_index(parts: list[str]) -> dict[str, Any]:
+    """model_index.json of a directory that holds these parts ("transformer", "vae", "text")."""
+    from importlib.metadata import version
+
+    kinds = {
+        "transformer": {"transformer": ["diffusers", "CosmosTransformer3DModel"]},
+        "vae": {"vae": ["diffusers", "AutoencoderKLWan"]},
+        "text": {
+            "text_encoder": ["transformers", "Qwen2_5_VLTextModel"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        },
+    }
+    index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": "0.36.0", "safety_checker": [None, None]}
+    for part in parts:
+        index |= kinds[part]
+    return index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"], "_orrery_version": version("orrery")}

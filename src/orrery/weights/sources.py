@@ -1,0 +1,331 @@
+"""Where a model is: a name, a folder, an official file, a diffusers directory or a hub repository, made into its config
+and its three parts. Weights are found or downloaded only when a part is asked for.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orrery.errors import InputError, note, one_line
+from orrery.nn.dit import PRESETS as TRANSFORMERS
+from orrery.nn.dit import DiT, DiTConfig
+from orrery.nn.text import PRESETS as TEXTS
+from orrery.nn.text import TextConfig
+from orrery.nn.vae import PRESETS as VAES
+from orrery.nn.vae import VAEConfig
+from orrery.weights import hub, pipeline_dir
+from orrery.weights.catalogue import (
+    CATALOGUE,
+    COMPONENTS,
+    NATIVE,
+    NEGATIVE_PROMPT,
+    SIZES,
+    ModelEntry,
+    entry_of_file,
+    find_entry,
+)
+from orrery.weights.config import ModelConfig, Sampling, read_config
+from orrery.weights.layouts import diffusers_transformer_key
+from orrery.weights.official import counters, infer_transformer, is_diffusers, official_weights
+from orrery.weights.tensors import read_tensors
+
+PARTS = ("transformer", "vae", "text")
+SIDECAR = "orrery.json"
+SHARED = {"vae": "wan2.1", "text": "reason1-7b"}
+_HUB = re.compile(r"^(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?$")
+_SMALL = ("*.json",)  # in subfolders too
+
+
+@dataclass(frozen=True)
+class Part:
+    """The weights of one network.
+
+    layout: "orrery", "official", "diffusers", "wan" or "qwen": how their keys become ours. find: the file or the folder
+    they are in, downloaded if need be. identity: says which weights they are without reading them.
+    """
+
+    layout: str
+    find: Callable[[], Path]
+    identity: str
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that was found: config and parts. tokenizer: finds the tokenizer.json, or the folder of a tokenizer of
+    transformers. folder: of a model of ours."""
+
+    name: str
+    config: ModelConfig
+    parts: Mapping[str, Part]
+    tokenizer: Callable[[], Path]
+    folder: Path | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_model(
+    name_or_path: str | PathLike[str],
+    *,
+    vae: str | PathLike[str] | None = None,
+    text: str | PathLike[str] | None = None,
+    like: str | None = None,
+    conventions: str | None = None,
+) -> ModelFiles:
+    """Find a model. A name of the catalogue wins over a folder of that name (write ./NAME for the folder).
+
+    Args:
+        name_or_path: a name of the catalogue; a model folder of ours; an official .pt; a diffusers directory; or
+            OWNER/NAME or OWNER/NAME@REVISION of a hub repository that holds one of the latter two.
+        vae, text: take this part from elsewhere: a file in Wan's layout, a diffusers or transformers folder, or a
+            model folder.
+        like: for an official .pt, the named model whose sampling and conventions it follows.
+        conventions: "official" or "diffusers", instead of those that come with the source.
+
+    Raises:
+        InputError: none of these; an unsupported model; a config that cannot be.
+    """
+    found = _find(str(name_or_path), vae, text, like)
+    return dataclasses.replace(found, config=found.config.with_conventions(conventions))
+
+
+def _find(given: str, vae: Any, text: Any, like: str | None) -> ModelFiles:
+    if not given:
+        raise InputError(f"the model is ''; allowed are {', '.join(CATALOGUE)}, or a model's folder or file")
+    path = Path(given)
+    if given in CATALOGUE or not (path.exists() or (hub_match := _HUB.match(given))):
+        entry = find_entry(given)
+        if like is not None:
+            raise InputError(f"like={like!r} is for an official file; {given!r} is a name already")
+        return _overridden(_named(entry), vae, text)
+    if path.is_file():
+        return _official_file(path, vae, text, like)
+    if path.is_dir():
+        return _folder(path, vae, text)
+    assert hub_match is not None
+    return _overridden(_repository(hub_match["repo"], hub_match["revision"]), vae, text)
+
+
+def _named(entry: ModelEntry) -> ModelFiles:
+    if entry.folder is not None:
+        if not (entry.folder / "config.json").is_file():
+            raise InputError(f"the weights of model {entry.name!r} are missing: {entry.folder} holds no config.json")
+        return dataclasses.replace(_own_folder(entry.folder), name=entry.name)
+    weights = entry.weights
+    assert weights is not None and weights.file is not None
+    part = Part("official", _fetcher(weights.repo, weights.file, weights.revision), str(weights))
+    config = _published_config(entry)
+    return ModelFiles(entry.name, config, {"transformer": part} | _components(config), _shared_tokenizer(config))
+
+
+def _published_config(entry: ModelEntry, **changes: Any) -> ModelConfig:
+    negative = None if entry.sampling.get("guidance") == 0 else NEGATIVE_PROMPT
+    values: dict[str, Any] = dict(
+        transformer=dataclasses.replace(TRANSFORMERS[entry.network], **entry.network_options),
+        vae=VAES["wan2.1"],
+        text=TEXTS["reason1-7b"],
+        sampling=Sampling(**{"negative_prompt": negative, **entry.sampling}),
+        trained_sizes=tuple(SIZES["720"].values()),
+        any_length=True,
+        text_only=entry.text_only,
+        vae_dtype="bfloat16",
+        shared=SHARED,
+        training={"weights": str(entry.weights)},
+    )
+    return ModelConfig(**NATIVE | values | changes)
+
+
+def _fetcher(repo: str, file: str, revision: str | None) -> Callable[[], Path]:
+    return lambda: hub.fetch_file(repo, file, revision)
+
+
+def _component(name: str) -> Part:
+    if name not in COMPONENTS:
+        raise InputError(f"config.json shares the component {name!r}; known are {', '.join(COMPONENTS)}")
+    files = COMPONENTS[name]
+    if files.file is not None:
+        return Part("wan", _fetcher(files.repo, files.file, files.revision), str(files))
+    return Part("qwen", lambda: hub.fetch_folder(files.repo, files.revision, files.patterns), str(files))
+
+
+def _components(config: ModelConfig) -> dict[str, Part]:
+    """The parts of a config that are components of the catalogue."""
+    for part in config.shared:
+        if part not in SHARED:
+            raise InputError(f"config.json shares the part {part!r}; allowed are {', '.join(SHARED)}")
+    return {part: _component(name) for part, name in config.shared.items()}
+
+
+def _shared_tokenizer(config: ModelConfig) -> Callable[[], Path]:
+    files = COMPONENTS[config.shared["text"]]
+    small = ("*.json",)
+    return lambda: hub.fetch_folder(files.repo, files.revision, small) / "tokenizer.json"
+
+
+def _folder(path: Path, vae: Any, text: Any) -> ModelFiles:
+    if (path / pipeline_dir.INDEX).is_file():
+        return _pipeline(path, vae, text, lambda sub: path / sub, str(path.resolve()))
+    if (path / "config.json").is_file():
+        return _overridden(_own_folder(path), vae, text)
+    raise InputError(f"{path} is not a model: it holds no config.json and no {pipeline_dir.INDEX}")
+
+
+def _own_folder(folder: Path) -> ModelFiles:
+    config = read_config(folder)
+    parts = _components(config)
+    for name in PARTS:
+        if name not in parts:
+            parts[name] = _own_part(folder, name)
+    tokenizer = _shared_tokenizer(config) if "text" in config.shared else lambda: folder / "tokenizer.json"
+    return ModelFiles(str(folder), config, parts, tokenizer, folder)
+
+
+def _own_part(folder: Path, name: str) -> Part:
+    path = folder / f"{name}.safetensors"
+    return Part("orrery", lambda: path, file_identity(path))
+
+
+def file_identity(path: Path) -> str:
+    """Says which file this is without reading it: place, size and time of change."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    stats = [(file, file.stat()) for file in files if file.is_file()]
+    return "; ".join(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats) or str(path)
+
+
+def _pipeline(folder: Path, vae: Any, text: Any, part_at: Callable[[str], Path], where: str) -> ModelFiles:
+    """A diffusers directory; part_at: the folder of a part, downloaded if need be."""
+    text_folder = Path(text) if text is not None and not (Path(text) / "transformer.safetensors").is_file() else None
+    if (folder / SIDECAR).is_file():
+        try:
+            config = ModelConfig.from_json(pipeline_dir.read_json(folder / SIDECAR))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{folder / SIDECAR}: {one_line(error)}") from error
+    else:
+        config = pipeline_dir.read_pipeline(folder, text_folder)
+    parts = _components(config)
+    for name, sub in pipeline_dir.FOLDERS.items():
+        if name not in parts:
+            layout = "qwen" if name == "text" else "diffusers"
+            parts[name] = Part(layout, lambda sub=sub: part_at(sub), f"{where}/{sub}")  # type: ignore[misc]
+    tokenizer = _shared_tokenizer(config) if "text" in config.shared else lambda: _tokenizer_in(part_at("tokenizer"))
+    return _overridden(ModelFiles(where, config, parts, tokenizer), vae, text)
+
+
+def _tokenizer_in(folder: Path) -> Path:
+    return folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else folder
+
+
+def _repository(repo: str, revision: str | None) -> ModelFiles:
+    names = [e.name for e in CATALOGUE.values() if e.weights and e.weights.repo == repo and not e.unsupported]
+    if names and revision is None:
+        raise InputError(f"{repo} holds several models; say which: {', '.join(names)}, or {repo}@REVISION")
+    folder = hub.fetch_folder(repo, revision, _SMALL)
+    where = f"{repo}@{revision or 'main'}"
+    if (folder / pipeline_dir.INDEX).is_file():
+        return _pipeline(folder, None, None, lambda sub: hub.fetch_folder(repo, revision, (f"{sub}/*",)) / sub, where)
+    if (folder / "config.json").is_file():
+        own = _own_folder(folder)
+        parts = {
+            name: Part("orrery", _fetcher(repo, f"{name}.safetensors", revision), f"{where}/{name}.safetensors")
+            if part.layout == "orrery"
+            else part
+            for name, part in own.parts.items()
+        }
+        return dataclasses.replace(own, name=where, parts=parts, folder=None)
+    raise InputError(f"{where} holds no config.json and no {pipeline_dir.INDEX}: it is no model that can be loaded")
+
+
+def _official_file(path: Path, vae: Any, text: Any, like: str | None) -> ModelFiles:
+    """A transformer in one file, official or of diffusers; VAE and text encoder are the published ones."""
+    tensors = read_tensors(path)
+    layout = "diffusers" if is_diffusers(tensors) else "official"
+    if layout == "diffusers":
+        named = {diffusers_transformer_key(name): name for name in transformer_names(tensors)}
+        shapes = {named[key]: tuple(value.shape) for key, value in tensors.items() if key in named}
+    else:
+        shapes = {key: tuple(value.shape) for key, value in official_weights(tensors, str(path))[0].items()}
+    width = shapes.get("x_embedder.proj.1.weight", (0,))[0]
+    entry = find_entry(like) if like else entry_of_file(path)
+    if entry is None:
+        entry = CATALOGUE["predict2.5-14b" if width > 4000 else "predict2.5-2b"]
+        note(f"{path.name}: sampled like {entry.name}, the published model of its size (choose another with like)")
+    network = dataclasses.replace(TRANSFORMERS[entry.network], **entry.network_options)
+    transformer = infer_transformer(shapes, network, str(path))
+    changes: dict[str, Any] = {"transformer": transformer, "training": {"weights": str(path)}}
+    if vae is not None:
+        changes["vae"] = _vae_part(Path(vae))[0]
+    if text is not None:
+        changes["text"] = _text_part(Path(text))[0]
+    if layout == "official" and (counts := counters(tensors)):
+        changes["training"] |= {"official": counts}
+    try:
+        config = _published_config(entry, **changes)
+    except ValueError as error:
+        raise InputError(f"{path}: {one_line(error)}") from error
+    part = Part(layout, lambda: path, file_identity(path))
+    found = ModelFiles(str(path), config, {"transformer": part} | _components(config), _shared_tokenizer(config))
+    return _overridden(found, vae, text)
+
+
+def _overridden(files: ModelFiles, vae: Any, text: Any) -> ModelFiles:
+    """The same model with its VAE or its text encoder from elsewhere."""
+    config, parts, tokenizer = files.config, dict(files.parts), files.tokenizer
+    shared = {name: value for name, value in config.shared.items() if (vae, text)[name == "text"] is None}
+    changes: dict[str, Any] = {"shared": shared}
+    if vae is not None:
+        changes["vae"], parts["vae"] = _vae_part(Path(vae))
+    if text is not None:
+        changes["text"], parts["text"], tokenizer = _text_part(Path(text))
+    if vae is None and text is None:
+        return files
+    try:
+        config = dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise InputError(f"{files.name}: {one_line(error)}") from error
+    return dataclasses.replace(files, config=config, parts=parts, tokenizer=tokenizer)
+
+
+def _vae_part(path: Path) -> tuple[VAEConfig, Part]:
+    """A VAE by itself: a file in Wan 2.1's layout, a diffusers folder, or the one of a model folder."""
+    if path.is_file():
+        return VAES["wan2.1"], Part("wan", lambda: path, file_identity(path))
+    if (path / "vae.safetensors").is_file():
+        return read_config(path).vae, _own_part(path, "vae")
+    if (path / pipeline_dir.INDEX).is_file():
+        path = path / "vae"
+    if (path / "config.json").is_file():
+        return pipeline_dir.vae_config(path / "config.json"), Part("diffusers", lambda: path, file_identity(path))
+    raise InputError(
+        f"{path} holds no VAE: allowed are Wan2.1_VAE.pth, a folder that diffusers saved, a model's folder"
+    )
+
+
+def _text_part(path: Path) -> tuple[TextConfig, Part, Callable[[], Path]]:
+    """A text encoder by itself: a Qwen2.5-VL folder of transformers, with tokenizer, or the one of a model folder."""
+    if (path / "text.safetensors").is_file():
+        return read_config(path).text, _own_part(path, "text"), lambda: path / "tokenizer.json"
+    tokenizer = path
+    if (path / pipeline_dir.INDEX).is_file():
+        path, tokenizer = path / "text_encoder", path / "tokenizer"
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path} holds no text encoder: allowed are a Qwen2.5-VL folder with its tokenizer, a model's folder"
+        )
+    part = Part("qwen", lambda: path, file_identity(path))
+    return pipeline_dir.text_config(path, tokenizer), part, lambda: _tokenizer_in(tokenizer)
+
+
+def transformer_names(keys: Iterable[str]) -> list[str]:
+    """Our names of the parameters of a transformer as deep as the one with these keys, in any layout."""
+    depths = [int(match[1]) for key in keys if (match := re.search(r"blocks\.(\d+)\.", key))]
+    return list(transformer_shapes(DiTConfig(width=24, heads=2, depth=1 + max(depths, default=0))))
+
+
+def transformer_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of a transformer."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in DiT(config).state_dict().items()}

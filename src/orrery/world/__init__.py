@@ -1,0 +1,6 @@
+"""The world model, assembled: text encoder, VAE and transformer; from a prompt and a start to a Video."""
+
+from orrery.world.request import Request, Start
+from orrery.world.world import World, load
+
+__all__ = ["Request", "Start", "World", "load"]

@@ -1,0 +1,181 @@
+"""The three networks of a model, each on the device while it is needed, as a plan says."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from orrery.errors import InputError, OrreryError
+from orrery.files import atomic_file
+from orrery.nn.dit import DiT
+from orrery.nn.offload import StreamedBlocks
+from orrery.nn.text import PromptReader, TextEncoder
+from orrery.nn.vae import VAE
+from orrery.weights import Lora, ModelFiles, load_part, merge
+from orrery.weights.store import load_tokenizer
+from orrery.weights.tensors import read_tensors
+
+
+class Networks:
+    """Loads networks when they are asked for.
+
+    Args:
+        files: where the model is.
+        device, dtype, vae_dtype: where and in what the networks compute.
+        loras: are merged into the transformer when it is loaded.
+
+    `transformer`, `vae` and `text` load a network and keep it. `use` follows a placement: it lets go of a network that
+    is not to stay.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype,
+        loras: Sequence[Lora] = (),
+    ) -> None:
+        self.files, self.config = files, files.config
+        self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
+        self.loras = tuple(loras)
+        self._loaded: dict[str, nn.Module] = {}
+        self._merged: Any = None
+        self._reader: PromptReader | None = None
+
+    @property
+    def transformer(self) -> DiT:
+        """On the device, and stays."""
+        return cast(DiT, self._keep("transformer"))
+
+    @property
+    def vae(self) -> VAE:
+        """On the device, and stays."""
+        return cast(VAE, self._keep("vae"))
+
+    @property
+    def text(self) -> TextEncoder:
+        """On the device, and stays."""
+        return cast(TextEncoder, self._keep("text"))
+
+    @property
+    def reader(self) -> PromptReader:
+        """What a prompt becomes before the text encoder; needs the tokenizer alone."""
+        if self._reader is None:
+            try:
+                self._reader = PromptReader(self.config.text, load_tokenizer(self.files.tokenizer()))
+            except ValueError as error:
+                raise InputError(f"{self.files.name}: {error}") from error
+        return self._reader
+
+    def load_all(self) -> None:
+        """Load what is not here yet: what is wrong with the files is told now."""
+        for name in ("text", "transformer", "vae"):
+            self._keep(name)
+
+    def with_loras(self, loras: Sequence[Lora]) -> None:
+        """Merge these into the transformer, instead of those that were; exact whichever were merged before."""
+        self.loras = tuple(loras)
+        if self._merged is not None:
+            self._merged.undo()
+            self._merged = None
+        if self.loras and (network := self._loaded.get("transformer")) is not None:
+            self._merged = merge(network, self.loras)
+
+    @contextmanager
+    def use(self, name: str, placement: str = "resident", on_cpu: bool = False) -> Iterator[Any]:
+        """A network, on the device while the block runs; with "resident" it stays there.
+
+        on_cpu: the network runs on the CPU all the same.
+        """
+        if placement == "resident" or name in self._loaded:
+            yield self._keep(name)
+            return
+        device = torch.device("cpu") if on_cpu else self.device
+        streamed = name == "transformer" and placement == "blocks"
+        network = self._load(name, torch.device("cpu") if streamed else device)
+        if name == "transformer" and self.loras:
+            merge(network, self.loras)
+        if streamed:
+            network = _streamed(cast(DiT, network), device)
+        try:
+            yield network
+        finally:
+            del network
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def release(self) -> None:
+        """Let go of every network that stayed."""
+        self._loaded.clear()
+        self._merged = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _keep(self, name: str) -> nn.Module:
+        if name not in self._loaded:
+            network = self._load(name, self.device)
+            self._loaded[name] = network
+            if name == "transformer" and self.loras:
+                self._merged = merge(network, self.loras)
+        return self._loaded[name]
+
+    def _load(self, name: str, device: torch.device) -> nn.Module:
+        dtype = self.vae_dtype if name == "vae" else self.dtype
+        try:
+            return load_part(self.files, name, device, dtype)
+        except torch.cuda.OutOfMemoryError as error:
+            raise OrreryError(
+                f"the {name} does not fit into the memory of {device}; `orrery plan {self.files.name}` says what does"
+            ) from error
+
+
+def _streamed(network: DiT, device: torch.device) -> DiT:
+    """The transformer with its blocks on the host and all else on the device."""
+    network.walk = StreamedBlocks(network.blocks, device)
+    for name, module in network.named_children():
+        if name != "blocks":
+            module.to(device)
+    return network
+
+
+class Embeddings:
+    """Text embeddings on disk, so that a second run needs no encoder: one file a prompt, named by what made it.
+
+    Args:
+        folder: is made if need be. files: whose text encoder it is.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], files: ModelFiles, dtype: torch.dtype) -> None:
+        self.folder = Path(folder)
+        self._maker = [
+            json.dumps(files.config.to_json()["text"], sort_keys=True),
+            files.parts["text"].identity,
+            str(dtype),
+        ]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+
+    def path(self, prompt: str) -> Path:
+        """Where the embedding of a prompt is, or would be."""
+        key = hashlib.sha256("\0".join([*self._maker, prompt]).encode()).hexdigest()[:32]
+        return self.folder / f"{key}.safetensors"
+
+    def get(self, prompt: str) -> Tensor | None:
+        """[1, L, text_dim], or None if it was never kept."""
+        path = self.path(prompt)
+        return read_tensors(path)["embedding"] if path.is_file() else None
+
+    def put(self, prompt: str, embedding: Tensor) -> None:
+        """Keep [1, L, text_dim]."""
+        with atomic_file(self.path(prompt)) as partial:
+            save_file({"embedding": embedding.detach().cpu().contiguous()}, partial, {"prompt": prompt})

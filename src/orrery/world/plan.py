@@ -1,0 +1,218 @@
+"""How a generation fits into memory: the peak of each stage, and where the networks live meanwhile.
+
+Made before anything is loaded. Stages run one after the other: text encoder, VAE (for a start), transformer, VAE. Three
+placements, in this order of preference:
+
+    resident   all networks stay on the device
+    stages     one network at a time on the device, read from its files when its turn comes
+    blocks     the same, and the transformer's blocks stay on the host and visit the device in turn
+
+Everything stays resident only where the VAE needs no tiles for it: tiles are close to the whole picture, not equal. A
+text encoder that is too large for the device runs on the CPU. Guidance runs as one batch of two where that fits,
+otherwise one after the other.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from orrery.errors import InputError
+from orrery.nn.dit import Conditions, DiT, DiTConfig
+from orrery.nn.text import PAD, TextConfig, TextEncoder, word_tokenizer
+from orrery.nn.vae import VAE, VAEConfig
+from orrery.nn.vae_tiling import TILE
+from orrery.weights import ModelConfig
+from orrery.world.memory import parameter_bytes, peak_bytes
+
+GIB = 2**30
+PLACEMENTS = ("resident", "stages", "blocks")
+CONTEXT = GIB * 6 // 10  # what CUDA takes for itself
+MARGIN = 0.08  # of the device: workspaces, fragmentation
+LATENTS_HELD = 8  # by the solver and guidance, in float32
+SMALL = 2**28  # bytes of weights: such a model is resident wherever there is room for ten times that
+PIXELS_AT_ONCE = 2**21  # decoded together: bounds the VAE's memory
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is generated, as far as memory goes: pixels (H, W), frames drawn at once, given frames, texts (2 with
+    guidance)."""
+
+    size: tuple[int, int]
+    frames: int
+    given: int = 0
+    texts: int = 2
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes: weights of each network, and the peak of each stage beyond them."""
+
+    text: int
+    text_peak: int
+    transformer: int
+    block: int
+    blocks: int
+    transformer_peak: int
+    batch_peak: int
+    vae: int
+    vae_peak: int
+    tile_peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything goes. capacity: bytes of the device that may be used. peaks: bytes on the device in each stage.
+    fits: whether the largest of them is within the capacity."""
+
+    placement: str
+    text_on_cpu: bool
+    tiled: bool
+    side_by_side: bool
+    capacity: float
+    peaks: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The most that is on the device at any time."""
+        return max(self.peaks.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room."""
+        return self.peak <= self.capacity
+
+    def __str__(self) -> str:
+        extras = ["text encoder on the CPU"] * self.text_on_cpu + ["VAE in tiles"] * self.tiled
+        extras.append("guidance in one batch" if self.side_by_side else "guidance one by one")
+        return f"{self.placement}, {', '.join(extras)}; peak {self.peak / GIB:.1f} of {self.capacity / GIB:.1f} GiB"
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of a device: of a GPU all of it, of the CPU all that the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def make_plan(
+    config: ModelConfig,
+    shape: Shape,
+    memory: float,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    cuda: bool = True,
+    placement: str | None = None,
+) -> Plan:
+    """The first placement that fits; the last one if none does.
+
+    Args:
+        memory: bytes of the device.
+        dtype, vae_dtype: of transformer and text encoder, and of the VAE.
+        cuda: a GPU, whose driver takes a share; on a CPU there is nothing to offload from.
+        placement: this one, whether it fits or not.
+    """
+    if placement not in (None, *PLACEMENTS):
+        raise InputError(f"placement is {placement!r}; allowed are {', '.join(PLACEMENTS)}")
+    capacity = memory * (1 - MARGIN) - (CONTEXT if cuda else 0)
+    needs = measure(config, shape, dtype, vae_dtype)
+    choices = (placement,) if placement else PLACEMENTS if cuda else PLACEMENTS[:2]
+    plans = [_placed(needs, shape, choice, capacity) for choice in choices]
+    exact = [plan for plan in plans if plan.placement != "resident" or not plan.tiled or placement]
+    return next((plan for plan in exact if plan.fits), plans[-1])
+
+
+def _placed(needs: Needs, shape: Shape, placement: str, capacity: float) -> Plan:
+    resident = placement == "resident"
+    text_on_cpu = not resident and needs.text + needs.text_peak > capacity
+    weights = 0 if text_on_cpu else needs.text
+    others = weights + needs.transformer + needs.vae if resident else 0
+    transformer = needs.transformer
+    if placement == "blocks":
+        transformer -= max(0, needs.blocks - 2) * needs.block
+    base = others or transformer
+    side_by_side = shape.texts == 2 and base + needs.batch_peak <= capacity
+    tiled = (others or needs.vae) + needs.vae_peak > capacity
+    peaks = {
+        "text encoder": (others or weights) + (0 if text_on_cpu else needs.text_peak),
+        "transformer": base + (needs.batch_peak if side_by_side else needs.transformer_peak),
+        "VAE": (others or needs.vae) + (needs.tile_peak if tiled else needs.vae_peak),
+    }
+    return Plan(placement, text_on_cpu, tiled, side_by_side, capacity, peaks)
+
+
+def measure(config: ModelConfig, shape: Shape, dtype: torch.dtype, vae_dtype: torch.dtype) -> Needs:
+    """Weights and peaks of a model at a size, from its networks on the meta device. A second of work at any size."""
+    return _measure(config.transformer, config.vae, config.text, shape, dtype, vae_dtype)
+
+
+@lru_cache(maxsize=32)
+def _measure(
+    transformer: DiTConfig, vae: VAEConfig, text: TextConfig, shape: Shape, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> Needs:
+    with torch.device("meta"):
+        encoder = TextEncoder(dataclasses.replace(text, pad_token=PAD), word_tokenizer(["word"])).to(dtype)
+        network, autoencoder = DiT(transformer), VAE(vae).to(vae_dtype)
+        tokens = torch.empty(1, text.length, dtype=torch.int64)
+        text_peak = peak_bytes(lambda: encoder(tokens))
+        height, width = (side // autoencoder.spatial_factor for side in shape.size)
+        size = ((shape.frames - 1) // autoencoder.temporal_factor + 1, height, width)
+        tile = (min(height, TILE[0]), min(width, TILE[1]))
+        one, all_texts = (
+            _transformer_peak(transformer, text.length, size, dtype, shape.texts, batch) for batch in (1, shape.texts)
+        )
+        whole_peak, tile_peak = (_vae_peak(autoencoder, part, shape.given, vae_dtype) for part in (size[1:], tile))
+    return Needs(
+        text=parameter_bytes(encoder, dtype),
+        text_peak=text_peak,
+        transformer=parameter_bytes(network, dtype),
+        block=parameter_bytes(network.blocks[0], dtype),
+        blocks=len(network.blocks),
+        transformer_peak=one,
+        batch_peak=all_texts,
+        vae=parameter_bytes(autoencoder, vae_dtype),
+        vae_peak=whole_peak,
+        tile_peak=tile_peak,
+    )
+
+
+def _transformer_peak(
+    config: DiTConfig, length: int, size: tuple[int, int, int], dtype: torch.dtype, texts: int, batch: int
+) -> int:
+    """Of one step: the forward pass, the keys and values of all texts in all blocks, and what the solver holds.
+
+    The pass is measured with two blocks: more add nothing to its peak.
+    """
+    network = DiT(dataclasses.replace(config, depth=min(2, config.depth))).to(dtype)
+    latents = torch.empty(batch, config.latent_channels, *size)
+    text = torch.empty(batch, length, config.text_width, dtype=dtype)
+    conditions = Conditions(network.encode_text(text), torch.empty(1, 1, *size))
+    forward = peak_bytes(lambda: network(latents, torch.empty(batch, size[0]), conditions))
+    texts_held = texts * config.depth * 2 * length * config.width * dtype.itemsize
+    return forward + texts_held + LATENTS_HELD * latents[:1].numel() * 4
+
+
+def _vae_peak(vae: VAE, size: tuple[int, int], given: int, dtype: torch.dtype) -> int:
+    """Of streamed decoding (after two chunks every cache is full) and of encoding the given frames."""
+    channels, factor = vae.config.latent_channels, vae.spatial_factor
+    chunk = latents_at_once(vae, size)
+    latents = torch.empty(1, channels, 3 * chunk, *size, dtype=dtype)
+
+    def decode() -> None:
+        for _ in vae.decode_stream(latents, chunk):
+            pass
+
+    peak = peak_bytes(decode)
+    if given:
+        frames = torch.empty(1, 3, given, size[0] * factor, size[1] * factor, dtype=dtype)
+        peak = max(peak, peak_bytes(lambda: vae.encode(frames, vae.temporal_factor)))
+    return peak
+
+
+def latents_at_once(vae: VAE, size: tuple[int, int]) -> int:
+    """How many latent frames of (h, w) are decoded together."""
+    pixels = size[0] * size[1] * vae.spatial_factor**2
+    return max(1, PIXELS_AT_ONCE // (pixels * vae.temporal_factor))

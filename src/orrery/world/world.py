@@ -1,0 +1,411 @@
+"""World: from a prompt and a start to a Video.
+
+Text2World, Image2World and Video2World are one call (arXiv 2511.00062): 0, 1 or 2 latent frames are given, the others
+are drawn. A video longer than the model's native length is drawn in chunks that are chained in latent space: the last
+latent frames of a chunk are the given frames of the next, and everything is decoded once, at the end, as a stream.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orrery.errors import InputError, note
+from orrery.flow import (
+    FrameCondition,
+    Schedule,
+    distilled_schedule,
+    guided_velocity,
+    karras_schedule,
+    numpy_noise,
+    one_by_one,
+    shift_schedule,
+    side_by_side,
+    solve,
+)
+from orrery.nn.dit import Conditions, DiT, TextContext
+from orrery.nn.vae_tiling import decode_tiled, encode_tiled
+from orrery.video import Video
+from orrery.weights import Lora, ModelFiles, Sampling, find_model, model_hash, read_lora
+from orrery.weights.sources import transformer_shapes
+from orrery.world.networks import Embeddings, Networks
+from orrery.world.plan import SMALL, Plan, Shape, device_bytes, latents_at_once, make_plan, measure
+from orrery.world.request import GIVEN_LATENTS, Factors, Request, Start, settle
+
+Progress = Callable[[int, int], None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name_or_path: str | os.PathLike[str] = "mini",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    *,
+    vae: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    like: str | None = None,
+    conventions: str | None = None,
+    loras: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
+    placement: str | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
+) -> "World":
+    """A World from anything that holds a model.
+
+    Args:
+        name_or_path: a name of the catalogue, a model folder, an official .pt, a diffusers directory, or OWNER/NAME or
+            OWNER/NAME@REVISION of a hub repository. What is not on this machine is downloaded when it is needed.
+        device: default the GPU if torch sees one, else the CPU.
+        dtype: of transformer and text encoder; default bfloat16 on a GPU and float32 on a CPU. The latents and the
+            solver are float32 always; the VAE is, but for published models on a GPU.
+        vae, text: take these parts from elsewhere: a file, a folder of diffusers or transformers, a model folder.
+        like: for an official .pt, the named model whose sampling it follows (default: its size's published one).
+        conventions: "official" or "diffusers" numerics instead of those that come with the source.
+        loras: paths of LoRA files, or (path, scale): merged into the transformer, in that order.
+        placement: "resident", "stages" or "blocks" instead of what the plan chooses (see `orrery plan`).
+        embeddings: a folder that keeps text embeddings, so that a prompt is encoded once.
+
+    Raises:
+        InputError: an unknown name, a folder that is no model, weights that do not fit their config, a device that
+            this torch does not have.
+    """
+    files = find_model(name_or_path, vae=vae, text=text, like=like, conventions=conventions)
+    where = _device(device)
+    numbers = _dtype(dtype, files, where)
+    vae_dtype = DTYPES[files.config.vae_dtype] if where.type == "cuda" else torch.float32
+    shapes = transformer_shapes(files.config.transformer) if loras else {}
+    pairs = [each if isinstance(each, tuple) else (each, 1.0) for each in loras]
+    adapters = [read_lora(path, shapes, scale) for path, scale in pairs]
+    networks = Networks(files, where, numbers, vae_dtype, adapters)
+    world = World(networks, name=str(name_or_path), placement=placement, embeddings=embeddings)
+    if world.plan(files.config.resolution, files.config.frames).placement == "resident":
+        networks.load_all()
+    return world
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].partition(". ")[0]  # torch adds a page
+        raise InputError(f"device {str(device)!r} is not available: {why}") from error
+    if found.type == "meta":
+        raise InputError("device 'meta' holds no numbers; allowed are cpu, cuda, cuda:1, ...")
+    return found
+
+
+def _dtype(dtype: torch.dtype | str | None, files: ModelFiles, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if dtype is not None:
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16
+    shape = Shape(files.config.resolution, files.config.frames)
+    if files.config.transformer.width > 1000 and measure(
+        files.config, shape, torch.float32, torch.float32
+    ).transformer > (device_bytes(device) // 2):
+        note("bfloat16: in float32 the weights alone would fill more than half of this machine's memory")
+        return torch.bfloat16
+    return torch.float32
+
+
+class World:
+    """A world model, ready to generate.
+
+    >>> world = load("mini")
+    >>> fall = world.generate("a red ball falls and bounces", seed=1)
+    >>> on = world.generate("a red ball falls and bounces", start=fall, frames=33)
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        name: str,
+        placement: str | None = None,
+        embeddings: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.model, self.name, self.placement = networks, name, placement
+        self.files, self.config = networks.files, networks.config
+        self.device, self.dtype = networks.device, networks.dtype
+        self.embeddings = None if embeddings is None else Embeddings(embeddings, self.files, self.dtype)
+        self.factors = Factors.of(self.config)
+        self._told = ""
+
+    def __repr__(self) -> str:
+        height, width = self.config.resolution
+        length = f"{self.config.frames} frames, {self.config.fps:g} fps"
+        return f"World({self.name!r}, {height}x{width}, {length}, {self.device})"
+
+    @property
+    def hash(self) -> str:
+        """Which weights these are: 16 hex digits over the files of the model."""
+        return model_hash(self.files)
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """What is merged into the transformer."""
+        return self.model.loras
+
+    @property
+    def size_step(self) -> tuple[int, int]:
+        """Height and width of a video must be multiples of these."""
+        return self.factors.size_step
+
+    def add_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> Lora:
+        """Merge a LoRA file (PEFT, diffusers or official layout) into the transformer, on top of those that are.
+
+        Raises:
+            InputError: a key of the file that fits no weight of this model; a file that is no LoRA.
+        """
+        lora = read_lora(path, transformer_shapes(self.config.transformer), scale)
+        self.model.with_loras([*self.loras, lora])
+        return lora
+
+    def remove_loras(self) -> None:
+        """Take all LoRAs out again: the weights are bit for bit what they were."""
+        self.model.with_loras([])
+
+    def plan(self, size: tuple[int, int], frames: int, given: int = 5, guidance: bool = True) -> Plan:
+        """How a generation fits into this device's memory. A small model is resident without further ado."""
+        width = self.config.transformer.width * self.config.transformer.depth
+        if self.placement is None and width * self.config.transformer.width * 48 < SMALL:
+            return Plan("resident", False, False, False, math.inf, {"all": 0})
+        drawn = frames if self.config.any_length and frames < self.config.frames else self.config.frames
+        shape = Shape(size, drawn, given, 2 if guidance else 1)
+        memory, cuda = device_bytes(self.device), self.device.type == "cuda"
+        return make_plan(self.config, shape, memory, self.dtype, self.model.vae_dtype, cuda, self.placement)
+
+    def generate(
+        self,
+        prompt: str,
+        start: Start | None = None,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        frames: int | None = None,
+        negative_prompt: str | None = None,
+        size: tuple[int, int] | None = None,
+        solver: str | None = None,
+        schedule: str | None = None,
+        shift: float | None = None,
+        overlap: int = GIVEN_LATENTS,
+        handover: str = "latents",
+        progress: Progress | None = None,
+    ) -> Video:
+        """Simulate what happens.
+
+        Args:
+            prompt: what there is and what it does.
+            start: how it begins: a Video, a path to one or to an image, uint8 pixels [H, W, 3] or [T, H, W, 3], or a
+                Pillow image. An image is continued; of a video of at least 5 frames the last 5 are. It is cropped in
+                the middle and resized to the model's resolution, and the result begins with it.
+            seed: 0 to 2**32 - 1; the same seed gives the same video on one machine.
+            steps, guidance, negative_prompt, solver ("unipc", "euler"), schedule ("shift", "karras"), shift: default:
+                what the model asks for.
+            frames: 4k + 1; default the model's native length; 1 draws a picture. More is drawn in chained chunks.
+            size: (H, W); default the model's resolution.
+            overlap, handover: of a long video, how many latents (1 or 2) a chunk hands to the next, and whether they
+                stay latents or are decoded and encoded again ("frames", as the official code does).
+            progress: called as progress(steps done, steps in all).
+
+        Returns:
+            The video, at the model's frame rate.
+
+        Raises:
+            InputError: an empty prompt, a start that cannot be used, a number out of range.
+        """
+        request = self.request(
+            prompt,
+            start,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            frames=frames,
+            negative_prompt=negative_prompt,
+            size=size,
+            solver=solver,
+            schedule=schedule,
+            shift=shift,
+            overlap=overlap,
+            handover=handover,
+        )
+        return self.run(request, progress)
+
+    def request(
+        self,
+        prompt: str,
+        start: Start | None = None,
+        *,
+        seed: int = 0,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        overlap: int = GIVEN_LATENTS,
+        handover: str = "latents",
+        **sampling: Any,
+    ) -> Request:
+        """Check and settle the arguments of `generate`, without generating. Warns about words the model cannot read,
+        and about what it was not trained for."""
+        return settle(
+            self.config,
+            self.model.reader,
+            self.name,
+            prompt,
+            start,
+            seed=seed,
+            frames=frames,
+            size=size,
+            overlap=overlap,
+            handover=handover,
+            **sampling,
+        )
+
+    def run(self, request: Request, progress: Progress | None = None) -> Video:
+        """Generate what `request` settled."""
+        given = 0 if request.given is None else len(request.given)
+        plan = self.plan(request.size, request.frames, given, request.guidance > 0)
+        self._tell(plan)
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            if request.handover == "frames":
+                return self._chained_frames(request, plan, progress)
+            return self._decode(self._latents(request, plan, progress), plan)
+
+    def _tell(self, plan: Plan) -> None:
+        """One line about where things go, when there was something to choose; and again only when it changes."""
+        if plan.capacity != math.inf and str(plan) != self._told:
+            self._told = str(plan)
+            note(f"memory: {plan}" + ("" if plan.fits else "; this is more than there is, and may fail"))
+
+    def _schedule(self, sampling: Sampling) -> Schedule:
+        if sampling.schedule == "karras":
+            return karras_schedule(sampling.steps, exact_times=sampling.exact_times)
+        kind = distilled_schedule if sampling.schedule == "distilled" else shift_schedule
+        return kind(sampling.steps, sampling.shift, exact_times=sampling.exact_times)
+
+    def _latents(self, request: Request, plan: Plan, progress: Progress | None) -> Tensor:
+        """Normalised latents [1, C, T, H, W] of the whole video, chunk after chunk."""
+        total = self._latent_frames(request.frames)
+        native = self._drawn(total)
+        overlap = min(request.overlap, native - 1)
+        chunks = 1 + max(0, math.ceil((total - native) / (native - overlap)))
+        embeddings = self._embed(request, plan)
+        known = self._known(request, plan)
+        latents = known[:, :, :0]
+        with self.model.use("transformer", plan.placement) as transformer:
+            texts = [transformer.encode_text(text.to(self.device)) for text in embeddings]
+            for index in range(chunks):
+                report = _offset(progress, index, chunks)
+                chunk = self._chunk(transformer, request, plan, index, native, known, texts, report)
+                latents = torch.cat([latents, chunk[:, :, overlap:] if index else chunk], dim=2)
+                known = chunk[:, :, -overlap:] if overlap else known
+        return latents[:, :, :total]
+
+    def _chained_frames(self, request: Request, plan: Plan, progress: Progress | None) -> Video:
+        """A long video chained as the official code does it: each chunk is decoded, rounded to uint8, and its last
+        frames are encoded again as the given frames of the next (specification, section 4.7)."""
+        total = self._latent_frames(request.frames)
+        native = self._drawn(total)
+        overlap = min(request.overlap, native - 1)
+        chunks = 1 + max(0, math.ceil((total - native) / (native - overlap)))
+        again = (overlap - 1) * self.factors.temporal + 1
+        embeddings = self._embed(request, plan)
+        known, pieces = self._known(request, plan), []
+        for index in range(chunks):
+            with self.model.use("transformer", plan.placement) as transformer:
+                texts = [transformer.encode_text(text.to(self.device)) for text in embeddings]
+                report = _offset(progress, index, chunks)
+                chunk = self._chunk(transformer, request, plan, index, native, known, texts, report)
+            video = self._decode(chunk, plan)
+            pieces.append(video.frames[again if index else 0 :])
+            known = self._encode(video[-again:], plan)
+        return Video(np.concatenate(pieces)[: request.frames], self.config.fps)
+
+    def _latent_frames(self, frames: int) -> int:
+        return (frames - 1) // self.factors.temporal + 1
+
+    def _drawn(self, total: int) -> int:
+        """How many latent frames are drawn at once for a video of `total`."""
+        native = self._latent_frames(self.config.frames)
+        return min(native, total) if self.config.any_length else native
+
+    def _known(self, request: Request, plan: Plan) -> Tensor:
+        """Latents of the given frames [1, C, 0 to 2, H, W], float32."""
+        if request.given is not None:
+            return self._encode(request.given, plan)
+        height, width = (side // self.factors.spatial for side in request.size)
+        return torch.zeros(1, self.config.vae.latent_channels, 0, height, width, device=self.device)
+
+    def _encode(self, video: Video, plan: Plan) -> Tensor:
+        with self.model.use("vae", plan.placement) as vae:
+            frames = video.to_tensor().to(self.device, self.model.vae_dtype)
+            latents = encode_tiled(vae, frames) if plan.tiled else vae.encode(frames)
+            return latents.to(self.device, torch.float32)
+
+    def _embed(self, request: Request, plan: Plan) -> list[Tensor]:
+        """Embeddings [1, L, text_dim] of the prompt and, if there is guidance, of what it leads away from."""
+        prompts: list[str | None] = [request.prompt]
+        if request.guidance > 0:
+            prompts.append(request.negative_prompt)
+        known = {} if self.embeddings is None else {p: self.embeddings.get(p) for p in prompts if p is not None}
+        missing = [prompt for prompt in prompts if prompt is not None and known.get(prompt) is None]
+        if missing:
+            with self.model.use("text", plan.placement, plan.text_on_cpu) as text:
+                for prompt in missing:
+                    known[prompt] = text.encode([prompt])
+            if self.embeddings is not None:
+                for prompt in missing:
+                    self.embeddings.put(prompt, known[prompt])  # type: ignore[arg-type]
+        first = known[request.prompt]
+        assert first is not None
+        return [torch.zeros_like(first) if prompt is None else known[prompt] for prompt in prompts]  # type: ignore[misc]
+
+    def _chunk(
+        self,
+        transformer: DiT,
+        request: Request,
+        plan: Plan,
+        index: int,
+        native: int,
+        known: Tensor,
+        texts: list[TextContext],
+        report: Callable[[int, int, Tensor], None],
+    ) -> Tensor:
+        """`native` frames of latents [1, C, T, H, W] from the noise of chunk `index`; the first ones are `known`."""
+        count, sampling = known.shape[2], request.sampling
+        shape = (1, known.shape[1], native, *known.shape[3:])
+        noise = numpy_noise((request.seed + index) % 2**32, shape).to(self.device)
+        latents = torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2)
+        given = FrameCondition(latents, count, sampling.conditional_timestep)
+        told = [TextContext.batched(texts)] if plan.side_by_side and len(texts) == 2 else texts
+        conditions = [Conditions(text, frame_mask=given.mask) for text in told]
+        networks = [lambda x, times, told=each: transformer(x, times, told) for each in conditions]
+        predict = one_by_one(networks) if len(told) == len(texts) else side_by_side(networks[0], len(texts))
+        velocity = guided_velocity(predict, given, noise, sampling.guidance)
+        return solve(velocity, noise, self._schedule(sampling), sampling.solver, report)
+
+    def _decode(self, latents: Tensor, plan: Plan) -> Video:
+        fps = self.config.fps
+        with self.model.use("vae", plan.placement) as vae:
+            if plan.tiled:
+                return Video.from_tensor(decode_tiled(vae, latents), fps)
+            latents = latents.to(self.model.vae_dtype)
+            chunk = latents_at_once(vae, (latents.shape[3], latents.shape[4]))
+            pieces = [Video.from_tensor(piece, fps).frames for piece in vae.decode_stream(latents, chunk)]
+        return Video(np.concatenate(pieces), fps)
+
+
+def _offset(progress: Progress | None, index: int, chunks: int) -> Callable[[int, int, Tensor], None]:
+    """The solver's callback for chunk `index`, as progress over all of them."""
+
+    def report(done: int, steps: int, _latents: Tensor) -> None:
+        if progress is not None:
+            progress(index * steps + done, chunks * steps)
+
+    return report
