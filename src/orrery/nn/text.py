@@ -133,7 +133,8 @@ class PromptReader:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt, in order and once each, that a word tokenizer does not know; [] for a BPE tokenizer."""
-        if getattr(getattr(self.tokenizer, "model", None), "unk_token", None) != UNKNOWN:
+        closed = getattr(getattr(self.tokenizer, "model", None), "unk_token", None) == UNKNOWN
+        if not closed or self.tokenizer.normalizer is None:  # none of `word_tokenizer`
             return []
         text = self.tokenizer.normalizer.normalize_str(prompt)
         words = [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text)]

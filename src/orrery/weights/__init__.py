@@ -21,7 +21,7 @@ from orrery.weights.catalogue import ASPECTS, CATALOGUE, SIZES, ModelEntry, find
 
 if TYPE_CHECKING:
     from orrery.weights.config import ModelConfig, Sampling
-    from orrery.weights.convert import convert
+    from orrery.weights.conversion import convert
     from orrery.weights.lora import Lora, merge, read_lora
     from orrery.weights.sources import ModelFiles, find_model
     from orrery.weights.store import Model, load_model, load_part, model_hash, save_model
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ModelConfig": "config",
     "Sampling": "config",
-    "convert": "convert",
+    "convert": "conversion",
     "Lora": "lora",
     "merge": "lora",
     "read_lora": "lora",

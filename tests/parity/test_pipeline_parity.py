@@ -1,0 +1,258 @@
+"""The whole way from words to frames against diffusers' Cosmos2_5_PredictBasePipeline: small random models, the same
+noise; the directory that diffusers saved loads here, and the one that we write loads there."""
+
+import json
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import orrery
+from orrery.flow import numpy_noise
+from orrery.video import Video
+from orrery.weights import convert, find_model
+from orrery.weights.conversion import CHAT
+from orrery.world import World
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+pipeline_module = pytest.importorskip("diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict")
+transformer_module = pytest.importorskip("diffusers.models.transformers.transformer_cosmos")
+
+PER_PIXEL = 1e-3  # on [0, 1]
+HEIGHT, WIDTH, FRAMES, STEPS, SEED = 32, 48, 9, 6, 3
+WORDS = (
+    "a red ball falls and bounces system user You are helpful assistant who will provide prompts to an image generator"
+)
+PROMPT, NEGATIVE = "a red ball bounces", "a ball falls"
+
+
+class Unguarded:
+    """In place of the guardrail, which needs models of its own."""
+
+    def to(self, device):
+        return self
+
+    def check_text_safety(self, prompt):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision serves the oracle to resize a mask and to read an image, and may be missing beside a CPU torch."""
+    resize = SimpleNamespace(
+        functional=SimpleNamespace(
+            resize=lambda x, size, interpolation: torch.nn.functional.interpolate(x, size=size, mode="nearest")
+        ),
+        InterpolationMode=SimpleNamespace(NEAREST="nearest"),
+    )
+    read = SimpleNamespace(
+        transforms=SimpleNamespace(
+            functional=SimpleNamespace(
+                to_tensor=lambda image: torch.from_numpy(np.asarray(image)).permute(2, 0, 1).float() / 255
+            )
+        )
+    )
+    monkeypatch.setattr(transformer_module, "transforms", resize, raising=False)
+    monkeypatch.setattr(pipeline_module, "torchvision", read, raising=False)
+
+
+def tokenizer():
+    """Words, and Qwen's chat with its marks, as the published tokenizer has them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "[UNK]"]
+    words = sorted(set(WORDS.split()) | {"."})
+    vocabulary = {word: index for index, word in enumerate([*special, *words])}
+    base = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    base.pre_tokenizer = pre_tokenizers.Whitespace()
+    base.add_special_tokens(special[:3])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<|endoftext|>", padding_side="right")
+    fast.chat_template = CHAT
+    return fast
+
+
+def randomised(module: torch.nn.Module, gain: float = 0.8, sharp: float = 1.0) -> torch.nn.Module:
+    """Every parameter drawn, so that nothing starts at zero or one; outputs of about one. sharp: of queries and keys,
+    so that attention picks words out of a long padding."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim < 2 or "gamma" in name:
+                mean = 0.0 if "bias" in name else sharp if ".norm_q." in name or ".norm_k." in name else 1.0
+                parameter.normal_(mean=mean, std=0.2)
+            else:
+                parameter.normal_(std=gain / parameter[0].numel() ** 0.5)
+    return module.eval()
+
+
+def new_pipeline():
+    torch.manual_seed(0)
+    text = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(
+            text_config=dict(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, vocab_size=64, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            ),
+            vision_config=dict(
+                depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=32,
+                fullatt_block_indexes=[0],
+            ),
+            image_token_id=60, video_token_id=61, vision_start_token_id=62, vision_end_token_id=63,
+        )
+    )  # fmt: skip
+    transformer = transformer_module.CosmosTransformer3DModel(
+        in_channels=17, out_channels=16, num_attention_heads=2, attention_head_dim=24, num_layers=2,
+        text_embed_dim=32, adaln_lora_dim=8, rope_scale=(1.0, 3.0, 3.0), extra_pos_embed_type=None,
+        use_crossattn_projection=True, crossattn_proj_in_channels=64, encoder_hidden_states_channels=32,
+    )  # fmt: skip
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, use_karras_sigmas=True, sigma_max=200.0,
+        sigma_min=0.01, final_sigmas_type="zero",
+    )  # fmt: skip
+    return pipeline_module.Cosmos2_5_PredictBasePipeline(
+        text_encoder=randomised(text), tokenizer=tokenizer(), transformer=randomised(transformer, gain=1.5, sharp=3.0),
+        vae=randomised(diffusers.AutoencoderKLWan(base_dim=8)), scheduler=scheduler, safety_checker=Unguarded(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that diffusers saved."""
+    pipeline = new_pipeline()
+    pipeline.register_modules(safety_checker=None)
+    folder = tmp_path_factory.mktemp("diffusers") / "pipeline"
+    pipeline.save_pretrained(folder)
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "Cosmos2_5_PredictBasePipeline"
+    return folder
+
+
+def theirs(folder: Path):
+    pipeline = pipeline_module.Cosmos2_5_PredictBasePipeline.from_pretrained(folder, safety_checker=Unguarded())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def moving() -> Video:
+    rng = np.random.default_rng(1)
+    return Video(rng.integers(0, 256, (5, 4, 6, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2), 16)
+
+
+STARTS = {"text2world": None, "image2world": moving()[0], "video2world": moving()}
+
+
+def from_diffusers(pipeline, start: Video | None, frames: int = FRAMES) -> torch.Tensor:
+    """Frames [T, 3, H, W] on [0, 1]."""
+    given = {}
+    if start is not None and len(start) == 1:
+        given["image"] = Image.fromarray(start.frames[0])
+    elif start is not None:
+        given["video"] = start.to_tensor()
+    noise = numpy_noise(SEED, (1, 16, (frames - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8))
+    if start is None:
+        # Without a start the pipeline ignores `latents`: it draws its own, which are put in the way of.
+        draw = pipeline_module.randn_tensor
+        pipeline_module.randn_tensor = lambda *_, **__: noise.clone()
+    try:
+        return pipeline(
+            prompt=PROMPT, negative_prompt=NEGATIVE, height=HEIGHT, width=WIDTH, num_frames=frames,
+            num_inference_steps=STEPS + 1, guidance_scale=7.0, latents=noise.clone(), output_type="pt", **given,
+        ).frames[0]  # fmt: skip
+    finally:
+        if start is None:
+            pipeline_module.randn_tensor = draw
+
+
+def from_us(world: World, start: Video | None, frames: int = FRAMES) -> torch.Tensor:
+    """The same, before the rounding to uint8."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of sizes that no model was trained at
+        request = world.request(
+            PROMPT, start, seed=SEED, steps=STEPS, guidance=7.0, negative_prompt=NEGATIVE, frames=frames,
+            size=(HEIGHT, WIDTH),
+        )  # fmt: skip
+    plan = world.plan(request.size, request.frames)
+    with torch.no_grad():
+        video = world.model.vae.decode(world._latents(request, plan, None))
+    rounded = world.run(request)
+    pixels = (video[0].clamp(-1, 1) / 2 + 0.5).permute(1, 0, 2, 3)
+    assert np.abs(rounded.frames / 255 - pixels.permute(0, 2, 3, 1).numpy()).max() <= 0.5 / 255 + 1e-6
+    return pixels
+
+
+def load(folder: Path, **options) -> World:
+    return orrery.load(folder, device="cpu", **options)
+
+
+@pytest.mark.parametrize("task", STARTS)
+def test_the_whole_pipeline(task: str, saved: Path) -> None:
+    pipeline, world = theirs(saved), load(saved)
+    expected = from_diffusers(pipeline, STARTS[task])
+    ours = from_us(world, STARTS[task])
+    assert expected.shape == ours.shape == (FRAMES, 3, HEIGHT, WIDTH)
+    assert 0.1 < expected.std() < 0.5 and (expected[-1] - expected[0]).abs().mean() > 0.02
+    assert (ours - expected).abs().max().item() <= PER_PIXEL
+
+
+def test_one_frame(saved: Path) -> None:
+    expected = from_diffusers(theirs(saved), None, frames=1)
+    assert (from_us(load(saved), None, frames=1) - expected).abs().max().item() <= PER_PIXEL
+
+
+def test_everything_matters_to_these_random_models(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the parity above would prove nothing: words, what to lead away from, time, and the start are all seen."""
+    world = load(saved)
+    for task, start in STARTS.items():
+        expected = from_us(world, start)
+        for name, other in (("PROMPT", "You falls You falls"), ("NEGATIVE", "an image")):
+            with monkeypatch.context() as patch:
+                patch.setitem(globals(), name, other)
+                assert (from_us(world, start) - expected).abs().max() > 10 * PER_PIXEL, (task, name)
+        assert task == "text2world" or (from_us(world, None) - expected).abs().max() > 10 * PER_PIXEL
+    sinusoid = world.model.transformer.t_embedder[0]
+    forward = sinusoid.forward
+    monkeypatch.setattr(sinusoid, "forward", lambda times: forward(1 - times))
+    assert (from_us(world, None) - from_us(load(saved), None)).abs().max() > 10 * PER_PIXEL
+
+
+def test_official_conventions_can_be_had(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = load(saved, conventions="official")
+    assert world.config.transformer.rope_bf16 and not load(saved).config.transformer.rope_bf16
+    told: list[float] = []
+    sinusoid = world.model.transformer.t_embedder[0]
+    forward = sinusoid.forward
+    monkeypatch.setattr(sinusoid, "forward", lambda times: told.extend(times.flatten().tolist()) or forward(times))
+    from_us(world, None)
+    assert told and all(abs(1000 * time - round(1000 * time)) < 1e-3 for time in told)  # truncated to whole numbers
+
+
+@pytest.mark.parametrize("through", ["diffusers", "orrery"])
+def test_what_we_write_loads_in_diffusers(through: str, saved: Path, tmp_path: Path) -> None:
+    files = find_model(saved)
+    if through == "orrery":
+        files = find_model(convert(files, tmp_path / "ours", "orrery"))
+        again = from_us(load(tmp_path / "ours"), STARTS["video2world"])
+        assert torch.equal(again, from_us(load(saved), STARTS["video2world"]))
+    convert(files, tmp_path / "pipeline", "diffusers")
+    expected = from_diffusers(theirs(saved), STARTS["video2world"])
+    assert torch.equal(from_diffusers(theirs(tmp_path / "pipeline"), STARTS["video2world"]), expected)
+    ours = from_us(load(tmp_path / "pipeline"), STARTS["video2world"])
+    assert (ours - expected).abs().max().item() <= PER_PIXEL
+
+
+def test_guidance_side_by_side_is_guidance_one_by_one(saved: Path) -> None:
+    world = load(saved, placement="resident")
+    request = dict(frames=FRAMES, size=(HEIGHT, WIDTH), steps=3, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        settled = world.request(PROMPT, STARTS["video2world"], **request)
+    plan = world.plan(settled.size, settled.frames)
+    assert plan.side_by_side
+    with torch.no_grad():
+        together = world._latents(settled, plan, None)
+        singly = world._latents(settled, type(plan)(**plan.__dict__ | {"side_by_side": False}), None)
+    assert (together - singly).abs().max() < 1e-4 * singly.abs().max()
