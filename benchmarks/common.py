@@ -100,6 +100,33 @@ def made_line(about: Mapping[str, Any]) -> str:
     )
 
 
+class CPUNoise:
+    """How much of this machine's CPU others have used since this object was made; Linux only, 0 elsewhere."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._began = _busy_seconds(), _own_seconds(), time.perf_counter()
+
+    def share(self) -> float:
+        """The share of all cores' time, 0 to 1, in which somebody else was running."""
+        others = (_busy_seconds() - self._busy) - (_own_seconds() - self._own)
+        return max(0.0, others / (time.perf_counter() - self._began) / (os.cpu_count() or 1))
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process and of the children that it has waited for."""
+    return sum(os.times()[:4])
+
+
+def _busy_seconds() -> float:
+    """CPU seconds of everybody since the machine started."""
+    try:
+        numbers = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except (OSError, ValueError):
+        return 0.0
+    idle = numbers[3] + numbers[4]
+    return (sum(numbers) - idle) / os.sysconf("SC_CLK_TCK")
+
+
 def synchronise() -> None:
     """Wait until the GPU, if one is in use, has done what it was told."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -115,20 +142,34 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def paired(functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def paired(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1, tolerated: float | None = None
+) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of each function, interleaved: what disturbs the machine meets all of them alike.
 
     Each is first called `warmup` times untimed. Every second round runs in the opposite order. The i-th numbers of two
     functions belong together: a ratio is the median of the ratios of pairs (`ratio`).
+
+    tolerated: for a CPU that others use too, the share of it that they may take during a round. Noisier rounds are
+        repeated, up to 4 * repeats rounds in all; the quietest are kept, and a line says so.
     """
     for function in functions.values():
         for _ in range(warmup):
             function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(repeats):
-        for name in list(functions)[:: -1 if i % 2 else 1]:
-            seconds[name].append(timed(functions[name]))
-    return seconds
+    rounds: list[tuple[float, dict[str, float]]] = []
+    while len(rounds) < repeats or (
+        tolerated is not None
+        and len(rounds) < 4 * repeats
+        and sum(share <= tolerated for share, _ in rounds) < repeats
+    ):
+        noise, seconds = CPUNoise(), {}
+        for name in list(functions)[:: -1 if len(rounds) % 2 else 1]:
+            seconds[name] = timed(functions[name])
+        rounds.append((noise.share() if tolerated is not None else 0.0, seconds))
+    kept = sorted(rounds, key=lambda one: one[0])[:repeats]
+    if len(rounds) > repeats:
+        print(f"kept the {repeats} quietest of {len(rounds)} rounds: others took up to {kept[-1][0]:.0%} of the CPU")
+    return {name: [seconds[name] for _, seconds in kept] for name in functions}
 
 
 def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
@@ -210,8 +251,12 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int:
 
 
 def in_child(arguments: list[str]) -> Any:
-    """Run this script again in a process of its own with `arguments`; what its last line says, read as JSON."""
-    done = subprocess.run([sys.executable, sys.argv[0], *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    """Run this script again in a process of its own with `arguments`; what its last line says, read as JSON.
+
+    There glibc gives every freed block of 128 KiB or more back at once, so that resident memory is what is in use.
+    """
+    words, environment = [sys.executable, sys.argv[0], *arguments], os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -79,3 +79,30 @@ def largest_file(size: int) -> Iterator[None]:
 def full_disk() -> Callable[[int], AbstractContextManager[None]]:
     """`with full_disk(1000): ...` lets no file grow beyond 1000 bytes."""
     return largest_file
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL, vision tower and all, with a tokenizer that knows WORDS, as transformers saves them."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("qwen") / "reason1"
+    torch.manual_seed(0)
+    text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=1, vocab_size=64)
+    text |= dict(num_key_value_heads=1, bos_token_id=None, eos_token_id=None, rms_norm_eps=1e-6)
+    text |= dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]})
+    vision = dict(depth=1, hidden_size=16, num_heads=1, intermediate_size=16, out_hidden_size=16)
+    marks = dict(image_token_id=60, video_token_id=61, vision_start_token_id=62, vision_end_token_id=63)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision | {"fullatt_block_indexes": [0]}, **marks
+    )
+    transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    words = {word: index for index, word in enumerate([*special, *sorted(set(WORDS.split()))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special[:3])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+    return folder

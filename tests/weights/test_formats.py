@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import pickle
 from pathlib import Path
@@ -223,7 +224,7 @@ def test_shards(tmp_path: Path) -> None:
     for name in set(names.values()):
         save_file({key: value for key, value in weights.items() if names[key] == name}, tmp_path / name)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"weight_map": %s}' % str(names).replace("'", '"'))
+    index.write_text(json.dumps({"weight_map": names}))
     assert {key: value.tolist() for key, value in read_tensors(tmp_path).items()} == {
         key: value.tolist() for key, value in weights.items()
     }

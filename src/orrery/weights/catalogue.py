@@ -186,7 +186,7 @@ COMPONENTS = {
     "reason1-7b": HubFiles(
         "nvidia/Cosmos-Reason1-7B",
         "3210bec0495fdc7a8d3dbb8d58da5711eab4b423",
-        patterns=("*.safetensors", "*.json", "*.txt"),
+        patterns=("*.safetensors", "*.json"),
         size=16.6 * GB,
     ),
 }

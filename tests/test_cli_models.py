@@ -1,0 +1,203 @@
+"""The verbs around published models: plan, convert, batch, and generate's options for them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from orrery.cli.main import main
+from orrery.video import Video
+from orrery.weights import find_model
+from orrery.weights.store import load_part
+
+PROMPT = "a red ball falls and bounces"
+
+
+def call(*arguments: object) -> int:
+    """Exit code of `orrery ARGUMENTS`."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Path:
+    """Two official jobs: one from words, one from a video."""
+    Video(np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), dtype=np.uint8), 10).save(tmp_path / "start.mp4")
+    (tmp_path / "words.txt").write_text("a blue cube rolls to the left\n")
+    lines = [
+        {"inference_type": "text2world", "name": "words", "prompt_path": "words.txt", "num_steps": 2, "seed": 3},
+        {"inference_type": "video2world", "name": "video", "prompt": PROMPT, "input_path": "start.mp4", "num_steps": 2,
+         "num_output_frames": 20, "guidance": 1, "resolution": "48,32"},
+    ]  # fmt: skip
+    path = tmp_path / "jobs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_batch_makes_every_job_and_goes_on_where_it_stopped(
+    jobs: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert call("batch", jobs, "-o", out, "--model", tiny_folder) == 0
+    assert "2 videos made" in capsys.readouterr().out
+    names = {f"{name}{end}" for name in ("words", "video") for end in (".mp4", ".sheet.png", ".json")}
+    assert {file.name for file in out.iterdir()} == names
+    words, video = (json.loads((out / f"{name}.json").read_text()) for name in ("words", "video"))
+    assert words["prompt"] == "a blue cube rolls to the left" and words["seed"] == 3 and words["frames"] == 17
+    assert video["frames"] == 20 and len(Video.read(out / "video.mp4")) == 20  # 21 drawn, the last one cut
+    assert video["size"] == [48, 32] and video["guidance"] == 1 and video["given_frames"] == 5
+    before = (out / "words.mp4").read_bytes()
+    (out / "video.mp4").unlink()
+    assert call("batch", jobs, "-o", out, "--model", tiny_folder) == 0
+    assert "1 videos made, 1 were there" in capsys.readouterr().out
+    assert (out / "words.mp4").read_bytes() == before
+    assert call("batch", jobs, "-o", out, "--model", tiny_folder) == 0
+    assert "all 2 videos are in" in capsys.readouterr().out
+
+
+def test_batch_checks_everything_first(jobs: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert call("batch", jobs, "-o", out, "--model", tiny_folder, "--set", "resolution=40,32") == 2
+    assert "jobs.jsonl line 1: height must be a multiple of 16, got 40" in last_line(capsys)
+    assert list(out.iterdir()) == []
+    assert call("batch", jobs, "-o", out, "--model", tiny_folder, "--set", "num_step=3") == 2
+    assert "num_step" in last_line(capsys)
+    assert call("batch", jobs, "-o", out, "--model", tiny_folder, "--set", "seed") == 2
+    assert "--set must be KEY=VALUE, got 'seed'" in last_line(capsys)
+
+
+def test_batch_draws_pictures(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"inference_type": "text2image", "name": "a", "prompt": PROMPT}))
+    assert (
+        call("batch", tmp_path / "a.json", "-o", tmp_path / "out", "--model", tiny_folder, "--set", "num_steps=1") == 0
+    )
+    with Image.open(tmp_path / "out" / "a.png") as image:
+        assert image.height / image.width == 32 / 48
+
+
+def test_batch_goes_on_after_a_failure(jobs: Path, tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from orrery.errors import OrreryError
+    from orrery.world import World
+
+    run = World.run
+
+    def failing(self, request, progress=None):
+        if request.seed == 3:
+            raise OrreryError("no memory")
+        return run(self, request, progress)
+
+    monkeypatch.setattr(World, "run", failing)
+    out = tmp_path / "out"
+    assert call("batch", jobs, "-o", out, "--model", tiny_folder) == 1
+    assert "1 of 2 jobs failed: words" in last_line(capsys) and (out / "video.mp4").is_file()
+    assert call("batch", jobs, "-o", out, "--model", tiny_folder, "--again", "--no-keep-going") == 1
+    assert last_line(capsys) == "orrery: error: no memory"
+
+
+def test_generate_draws_a_picture(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    assert call("generate", PROMPT, "--model", tiny_folder, "--steps", "1", "-o", tmp_path / "a.png") == 0
+    assert json.loads((tmp_path / "a.json").read_text())["frames"] == 1
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (48 * 16, 32 * 16)
+    capsys.readouterr()
+    assert call("generate", PROMPT, "--model", tiny_folder, "--frames", "17", "-o", tmp_path / "b.png") == 2
+    assert "a picture holds one" in last_line(capsys) and not (tmp_path / "b.png").exists()
+
+
+def test_generate_with_other_sampling_is_recorded(tiny_folder: Path, tmp_path: Path) -> None:
+    options = (
+        "--solver",
+        "euler",
+        "--schedule",
+        "karras",
+        "--steps",
+        "3",
+        "--dtype",
+        "bfloat16",
+        "--handover",
+        "frames",
+    )
+    assert call("generate", PROMPT, "--model", tiny_folder, *options, "-o", tmp_path / "a.mp4") == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["sampling"]["solver"] == "euler" and record["sampling"]["schedule"] == "karras"
+    assert record["dtype"] == "bfloat16" and record["handover"] == "frames" and record["loras"] == []
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--size", "64x64", "--resolution", "720"), "both say a size"),
+        (("--resolution", "721"), "resolution is '721'; allowed are 256, 480"),
+        (("--resolution", "720", "--aspect", "2:1"), "aspect is '2:1'; allowed are"),
+        (("--lora", "a.safetensors:strong"), "--lora must be FILE or FILE:SCALE with a number"),
+        (("--solver", "heun"), "solver is 'heun'; allowed are unipc, euler"),
+        (("--solver", "renoise"), "do not go together"),
+        (("--dtype", "int4"), "dtype is 'int4'; allowed are float32"),
+        (("--conventions", "ours"), "conventions is 'ours'; allowed are official, diffusers"),
+        (("--placement", "cloud"), "placement is 'cloud'; allowed are resident, stages, blocks"),
+        (("--handover", "tapes"), "handover is 'tapes'; allowed are latents, frames"),
+        (("--vae", "nowhere"), "nowhere holds no VAE"),
+        (("--text", "nowhere"), "nowhere holds no text encoder"),
+        (("--shift", "-1"), "shift"),
+    ],
+)
+def test_wrong_options_are_one_line(words, message, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    assert call("generate", PROMPT, "--model", tiny_folder, "--steps", "1", *words, "-o", tmp_path / "a.mp4") == 2
+    assert message in last_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_by_resolution(tiny_folder: Path, tmp_path: Path) -> None:
+    words = ("--resolution", "256", "--aspect", "16:9", "--steps", "1", "--frames", "5")
+    assert call("generate", PROMPT, "--model", tiny_folder, *words, "-o", tmp_path / "a.mp4") == 2  # too wide for it
+    assert call("generate", PROMPT, "--model", tiny_folder, "--resolution", "256", "--aspect", "1:1", "--steps", "1",
+                "--scale", "1", "-o", tmp_path / "a.mp4") == 0  # fmt: skip
+    assert json.loads((tmp_path / "a.json").read_text())["size"] == [256, 256]
+
+
+def test_plan_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", "predict2.5-2b", "--resolution", "720") == 0
+    text = capsys.readouterr().out
+    assert "704x1280, 93 frames" in text and "text encoder" in text and "13.17" in text
+    rows = {line.split()[0]: line.split()[2] for line in text.splitlines() if " GiB" in line and line[0].isdigit()}
+    assert rows["8"] == rows["80"] == "yes"
+    assert call("plan", "predict2.5-14b", "--memory", "8") == 0
+    assert " no " in capsys.readouterr().out
+    assert call("plan", "predict2.5-2b", "--frames", "181") == 0
+    assert "181 frames in chunks of 93" in capsys.readouterr().out
+    for words, message in (
+        (("--memory", "-3"), "--memory must be above 0"),
+        (("--size", "700x1280"), "height must be a multiple of 16, got 700"),
+        (("--dtype", "fp8"), "dtype is 'fp8'"),
+    ):
+        assert call("plan", "predict2.5-2b", *words) == 2
+        assert message in last_line(capsys)
+    assert call("plan", "predict2.5-2b-action") == 2
+    assert "not supported yet: it needs action conditioning" in last_line(capsys)
+
+
+def test_models_describes_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("models", "predict2.5-2b-distilled") == 0
+    text = capsys.readouterr().out
+    assert "2,059.17 M parameters" in text and "126.89 M" in text and "renoise, distilled schedule, 4 steps" in text
+
+
+def test_convert_there_and_back(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("convert", tiny_folder, tmp_path / "tiny.pt") == 0
+    assert "in the official format" in capsys.readouterr().out
+    again = ("--vae", tiny_folder, "--text", tiny_folder, "--like", "predict2.5-2b-pretrained")
+    assert call("convert", tmp_path / "tiny.pt", tmp_path / "again", *again) == 0
+    one, two = (load_part(find_model(path), "transformer", dtype=None) for path in (tiny_folder, tmp_path / "again"))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert call("convert", tiny_folder, tmp_path / "x", "--to", "gguf") == 2
+    assert "the format is 'gguf'; allowed are orrery, diffusers, official" in last_line(capsys)
+    assert call("convert", "nope", tmp_path / "x") == 2
+    assert "unknown model 'nope'" in last_line(capsys)
