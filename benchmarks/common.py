@@ -2,10 +2,14 @@
 
     from common import matmul_ceiling, paired, provenance, write_results
 
+Also the transformers that several scripts measure, with random weights.
+
 `python benchmarks/NAME.py` finds this module because it lies beside the script.
 """
 
+import argparse
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -16,19 +20,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import orrery
+from orrery.errors import InputError
 from orrery.files import atomic_file
+from orrery.nn.dit import PRESETS, DiT, DiTConfig
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The 2B's architecture with 36M parameters: what two cores can run (specification of the base model, section 8).
+SMALL = DiTConfig(width=512, depth=8, heads=8, adaln_rank=64, text_dim=512, context_dim=256)
 
 
 def machine() -> dict[str, Any]:
@@ -89,6 +101,34 @@ def provenance(*packages: str) -> dict[str, Any]:
     }
 
 
+def installed(package: str) -> bool:
+    """Whether a package is there; says so in one line if not."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        print(f"{package} is not installed: what needs it is left out", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def load_average() -> list[float]:
+    """Processes that wanted a core in the last 1, 5 and 15 minutes: how busy the machine was. [] where unknown."""
+    try:
+        return [round(value, 2) for value in os.getloadavg()]
+    except (AttributeError, OSError):
+        return []
+
+
+def busy_line(before: Sequence[float], after: Sequence[float]) -> str:
+    """How busy the machine was when a run began and ended, as a sentence of Markdown."""
+    if not before or not after:
+        return "How busy the machine was is unknown."
+    return (
+        f"Load average when the run began: {before[0]:g} (1 minute), {before[1]:g} (5 minutes); at its end: "
+        f"{after[0]:g}, {after[1]:g}, its own threads included."
+    )
+
+
 def made_line(about: Mapping[str, Any]) -> str:
     """`provenance()` as one sentence of Markdown."""
     where = about["machine"]
@@ -143,7 +183,11 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def paired(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1, tolerated: float | None = None
+    functions: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    tolerated: float | None = None,
+    report: Callable[[str], Any] = print,
 ) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of each function, interleaved: what disturbs the machine meets all of them alike.
 
@@ -151,24 +195,22 @@ def paired(
     functions belong together: a ratio is the median of the ratios of pairs (`ratio`).
 
     tolerated: for a CPU that others use too, the share of it that they may take during a round. Noisier rounds are
-        repeated, up to 4 * repeats rounds in all; the quietest are kept, and a line says so.
+        repeated, up to 4 * repeats rounds in all; the quietest are kept, and a line to `report` says how quiet.
     """
     for function in functions.values():
         for _ in range(warmup):
             function()
+    most = repeats if tolerated is None else 4 * repeats
     rounds: list[tuple[float, dict[str, float]]] = []
-    while len(rounds) < repeats or (
-        tolerated is not None
-        and len(rounds) < 4 * repeats
-        and sum(share <= tolerated for share, _ in rounds) < repeats
-    ):
+    while len(rounds) < most and sum(share <= (tolerated or 0) for share, _ in rounds) < repeats:
         noise, seconds = CPUNoise(), {}
         for name in list(functions)[:: -1 if len(rounds) % 2 else 1]:
             seconds[name] = timed(functions[name])
         rounds.append((noise.share() if tolerated is not None else 0.0, seconds))
     kept = sorted(rounds, key=lambda one: one[0])[:repeats]
-    if len(rounds) > repeats:
-        print(f"kept the {repeats} quietest of {len(rounds)} rounds: others took up to {kept[-1][0]:.0%} of the CPU")
+    if tolerated is not None:
+        chosen = f"the {repeats} quietest of {len(rounds)} rounds" if len(rounds) > repeats else f"{repeats} rounds"
+        report(f"{chosen}, in which others took up to {kept[-1][0]:.0%} of the CPU")
     return {name: [seconds[name] for _, seconds in kept] for name in functions}
 
 
@@ -186,6 +228,22 @@ def _best(function: Callable[[], Any], calls: int, rounds: int) -> float:
 
     several()
     return min(timed(several) for _ in range(rounds)) / calls
+
+
+def counted(function: Callable[[], Any]) -> tuple[float, Any]:
+    """TFLOP of one call, counted by torch (FlopCounterMode) with the CPU's attention, which it leaves out; the result.
+
+    Two operations a multiplication with addition; elementwise operations are not counted.
+    """
+
+    def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+        batch, heads, queries, dim = query
+        return 2 * batch * heads * queries * key[2] * (dim + value[3])
+
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={operator: attention}) as counter:
+        result = function()
+    return counter.get_total_flops() / 1e12, result
 
 
 def matmul_ceiling(device: str | torch.device, dtype: torch.dtype, size: int | None = None) -> float:
@@ -212,42 +270,68 @@ def copy_ceiling(device: str | torch.device, mebibytes: int | None = None) -> fl
     return 2 * source.numel() / _best(lambda: target.copy_(source), 10 if gpu else 2, 5) / 1e9
 
 
-def _status_kib(key: str) -> int:
+def status_kib(key: str) -> int:
     """A number such as VmRSS of this process out of /proc, in KiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1])
 
 
-def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int:
-    """Bytes by which one call of `function` raised the memory in use, at the highest moment; what it returns counts.
+@dataclass
+class Peak:
+    """Bytes by which the memory in use rose at the highest moment; and all that was in use then."""
+
+    grown: int = 0
+    whole: int = 0
+
+
+@contextmanager
+def watched_memory(device: str | torch.device) -> Iterator[Peak]:
+    """The memory that the block takes at most; the numbers are there when it ends.
 
     On a GPU: torch.cuda.max_memory_allocated. On a CPU: the resident memory of this process (Linux only), looked at
-    every millisecond; call it in a process of its own (`in_child`), before anything else has filled and freed memory.
+    every millisecond; best in a process of its own (`in_child`), before anything else has filled and freed memory.
     """
     gc.collect()
+    peak = Peak()
     if torch.device(device).type == "cuda":
         synchronise()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        function()
+        yield peak
         synchronise()
-        return torch.cuda.max_memory_allocated(device) - before
+        peak.whole = torch.cuda.max_memory_allocated(device)
+        peak.grown = peak.whole - before
+        return
     with suppress(OSError, AttributeError):  # glibc only: give freed memory back, so that it is not filled unseen
         ctypes.CDLL(None).malloc_trim(0)
-    before = highest = _status_kib("VmRSS")
+    before = highest = status_kib("VmRSS")
     done = threading.Event()
 
     def watch() -> None:
         nonlocal highest
         while not done.wait(0.001):
-            highest = max(highest, _status_kib("VmRSS"))
+            highest = max(highest, status_kib("VmRSS"))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    function()
-    done.set()
-    watcher.join()
-    return (max(highest, _status_kib("VmRSS")) - before) * 1024
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+    highest = max(highest, status_kib("VmRSS"))
+    peak.whole, peak.grown = highest * 1024, (highest - before) * 1024
+
+
+def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int:
+    """Bytes by which one call of `function` raised the memory in use, at the highest moment; what it returns counts.
+
+    See `watched_memory`.
+    """
+    with watched_memory(device) as peak:
+        result = function()
+    del result
+    return peak.grown
 
 
 def in_child(arguments: list[str]) -> Any:
@@ -258,6 +342,58 @@ def in_child(arguments: list[str]) -> Any:
     words, environment = [sys.executable, sys.argv[0], *arguments], os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def dit_config(name: str) -> DiTConfig:
+    """A transformer by name: "small", a preset ("2b", "14b", "mini") or a model of the catalogue."""
+    if name == "small":
+        return SMALL
+    if name in PRESETS:
+        return PRESETS[name]
+    from orrery.weights import CATALOGUE, find_entry
+
+    if name not in CATALOGUE:
+        raise InputError(f"preset is {name!r}; allowed are small, {', '.join([*PRESETS, *CATALOGUE])}")
+    entry = find_entry(name)
+    return dataclasses.replace(PRESETS[entry.network], **entry.network_options)
+
+
+def fill(module: nn.Module, weight: Callable[[str, Tensor], None], device: str | torch.device) -> None:
+    """Put a module that is on the meta device onto `device`, and let `weight(name, tensor)` fill each parameter."""
+    module.to_empty(device=device).eval().requires_grad_(False)
+    for name, tensor in module.named_parameters():
+        weight(name, tensor)
+
+
+def random_dit(config: DiTConfig, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> DiT:
+    """A transformer with random weights, none of them zero: what a new one starts at zero is drawn too."""
+    with torch.device("meta"):
+        net = DiT(config).to(dtype)
+    zeros = {id(layer) for layer in net.zero_initialised()}
+    halved = {f"{name}.weight" for name, module in net.named_modules() if id(module) in zeros}
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(name: str, tensor: Tensor) -> None:
+        if name.endswith("norm.weight"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        else:
+            spread = tensor.shape[-1] ** -0.5
+            tensor.normal_(std=spread / 2 if name in halved else spread, generator=generator)
+
+    fill(net, draw, device)
+    return net
+
+
+def height_width(text: str) -> tuple[int, int]:
+    """Height and width out of HxW; a type for argparse."""
+    if not (match := re.fullmatch(r"(\d+)x(\d+)", text)):
+        raise argparse.ArgumentTypeError(f"must be HxW such as 96x160, got {text}")
+    return int(match[1]), int(match[2])
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
 def write_results(name: str, data: Mapping[str, Any], markdown: str, folder: Path = RESULTS) -> list[Path]:

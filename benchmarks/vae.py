@@ -206,7 +206,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ours, theirs = build(options)
     dtype = DTYPES[options.dtype]
     ceilings = [matmul_ceiling(options.device, dtype)]
-    result: dict[str, Any] = {"encode": {}, "decode": {}, "seams": {}}
+    result: dict[str, Any] = {"encode": {}, "decode": {}, "seams": {}, "notes": []}
     groups = contenders(ours, theirs, options)
     exact = reference(ours, options) if options.dtype != "float32" else {}
     for task, functions in groups.items():
@@ -218,7 +218,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         outputs = comparable(task, outputs, ours)
         fitting = {name: functions[name] for name in work}
         quiet = 0.1 if torch.device(options.device).type == "cpu" else None
-        seconds = paired(fitting, options.repeats, warmup=0, tolerated=quiet)  # counting was the warm-up
+        # Counting was the warm-up.
+        notes: list[str] = []
+        seconds = paired(fitting, options.repeats, warmup=0, tolerated=quiet, report=notes.append)
         for name in fitting:
             median = statistics.median(seconds[name])
             row = {"seconds": seconds[name], "median": median, "tflop": work[name], "tflops": work[name] / median}
@@ -226,6 +228,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if exact:
                 row["to_float32"] = error(outputs[name], exact[task])
             result[task][name] = row | {"peak": memory(f"{task}/{name}", fitting[name], options)}
+        result["notes"] += [f"{task}: {note}" for note in notes]
         result["seams"][task] = {str(options.overlap): error(outputs[TILED], outputs[STREAMED])}
         if options.overlap:
             tiled = {"encode": encode_tiled, "decode": decode_tiled}[task]
@@ -287,6 +290,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{about['dtype']}; {about['repeats']} interleaved runs; tiles of {tile} latents, overlap {about['overlap']}. "
         f"This machine multiplies matrices at {result['matmul_tflops']:.3g} TFLOP/s and copies at "
         f"{result['copy_gbs']:.3g} GB/s. {LEGEND} {result['memory_is']}",
+        *(f"\nRounds: {note}." for note in result["notes"]),
     ]
     for task in ("encode", "decode"):
         heads = ["", "s", "speed", "TFLOP", "TFLOP/s", "of ceiling", "peak GiB", "difference"]
@@ -295,13 +299,13 @@ def markdown(result: dict[str, Any]) -> str:
         for name, row in result[task].items():
             cells = [name, f"{row['median']:.3g}", f"{row['speed']:.2f}x"]
             cells += [f"{row[key]:.3g}" for key in ("tflop", "tflops")]
-            cells += [f"{row['of_ceiling']:.0%}", f"{row['peak'] / 2**30:.2f}", f"{row['difference']['max']:.1e}"]
+            cells += [f"{row['of_ceiling']:.0%}", f"{row['peak'] / 2**30:.3g}", f"{row['difference']['max']:.1e}"]
             lines.append(_line(cells + ([f"{row['to_float32']['rms']:.1e}"] if exact else [])))
     lines += ["", "## Memory of a stream", "", "Pieces are dropped as they come.", ""]
-    lines += [_line(["", "frames", "peak GiB"]), _line(["---"] * 3)]
+    lines += [_line(["", "frames", "peak MiB"]), _line(["---"] * 3)]
     for case, peak in result["streams"].items():
         task, count = case.split("/")
-        lines.append(_line([task, count, f"{peak / 2**30:.2f}"]))
+        lines.append(_line([task, count, f"{peak / 2**20:.0f}"]))
     lines += ["", "## Seams", "", SEAMS, ""]
     heads = ["VAE", "tiles", "overlap", "encode max", "encode rms", "deviation"]
     heads += ["decode max", "decode PSNR", "deviation"]

@@ -1,5 +1,6 @@
 """`orrery convert`: a model from one format to another."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,19 +25,25 @@ def run(
     vae: opt.Vae = None,
     text: opt.Text = None,
     like: opt.Like = None,
+    lora: opt.Loras = None,
 ) -> None:
     """Write SOURCE in another format: official .pt, diffusers directory, or a folder of ours (safetensors).
 
     Tensors keep their dtype and their bits. An official .pt holds the transformer alone; the VAE and the text encoder
     that all published models share are copied only if --parts names them. With --parts vae, an official file is Wan's.
+    LoRAs that are named are merged into the transformer.
 
     Example: orrery convert finetuned.pt finetuned-diffusers --to diffusers
     """
     opt.check_name(source)
-    from orrery.weights import convert, find_model
+    pairs = opt.parse_loras(lora)
+    from orrery.weights import convert, find_model, read_lora
+    from orrery.weights.sources import transformer_shapes
 
     kind = to or ("official" if destination.suffix in (".pt", ".pth") else "orrery")
     names = None if parts is None else [name for name in parts.split(",") if name]
     files = find_model(source, vae=vae, text=text, like=like)
-    written = convert(files, destination, kind, names, report=lambda line: typer.echo(f"  {line}", err=True))
+    shapes = transformer_shapes(files.config.transformer)
+    loras = [read_lora(path, shapes, scale) for path, scale in pairs]
+    written = convert(files, destination, kind, names, partial(typer.echo, err=True), loras)
     typer.echo(f"{written}: {source} in the {kind} format")

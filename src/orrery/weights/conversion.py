@@ -21,6 +21,7 @@ from orrery.files import atomic_file, atomic_folder
 from orrery.weights import pipeline_dir
 from orrery.weights.config import ModelConfig
 from orrery.weights.layouts import diffusers_transformer_key, diffusers_vae_key, text_key
+from orrery.weights.lora import Lora, merged_weights
 from orrery.weights.official import official_table
 from orrery.weights.sources import PARTS, SIDECAR, ModelFiles
 from orrery.weights.store import empty_part, part_weights, write_config
@@ -28,6 +29,7 @@ from orrery.weights.tensors import TORCH_SUFFIXES
 
 FORMATS = ("orrery", "diffusers", "official")
 Report = Callable[[str], None]
+Weights = Callable[[str], Mapping[str, Tensor]]
 # What a message becomes in Qwen2.5-VL's chat: section 5 of the specification, for tokenizers that bring no template.
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -52,6 +54,7 @@ def convert(
     to: str,
     parts: Sequence[str] | None = None,
     report: Report = lambda line: None,
+    loras: Sequence[Lora] = (),
 ) -> Path:
     """Write a model in another format, whole or not at all.
 
@@ -62,6 +65,7 @@ def convert(
         parts: which networks; default those that lie with the model, so that shared ones are not copied. Parts that are
             left out stay shared (ours), or are left out (diffusers).
         report: is told, line by line, what is written.
+        loras: are merged into the transformer.
 
     Raises:
         InputError: an unknown format or part; a destination that cannot be written; a model that the format has no
@@ -74,15 +78,16 @@ def convert(
     if unknown := [name for name in chosen if name not in PARTS]:
         raise InputError(f"the parts {', '.join(unknown)} are unknown; allowed are {', '.join(PARTS)}")
     destination = Path(destination)
-    if to == "official":
-        return _to_official(files, destination, ("transformer",) if parts is None else chosen, report)
-    if to == "diffusers":
-        return _to_diffusers(files, destination, chosen, report)
-    return _to_orrery(files, destination, chosen, report)
+    write = {"official": _to_official, "diffusers": _to_diffusers, "orrery": _to_orrery}[to]
+    chosen = ["transformer"] if to == "official" and parts is None else chosen
+    return write(files, destination, chosen, lambda name: _weights(files, name, report, loras))
 
 
-def _weights(files: ModelFiles, name: str, report: Report) -> dict[str, Tensor]:
-    weights = part_weights(files, name, empty_part(files, name))
+def _weights(files: ModelFiles, name: str, report: Report, loras: Sequence[Lora]) -> Mapping[str, Tensor]:
+    """Of one part, still on the disk, with the LoRAs merged where they belong."""
+    weights: Mapping[str, Tensor] = part_weights(files, name, empty_part(files, name))
+    if name == "transformer" and loras:
+        weights = merged_weights(weights, loras)
     size = sum(value.numel() * value.element_size() for value in weights.values())
     report(f"{name}: {len(weights)} tensors, {size / 1e9:.2f} GB")
     return weights
@@ -92,12 +97,12 @@ def _write(weights: Mapping[str, Tensor], path: Path, rename: Callable[[str], st
     save_file({rename(key): value.contiguous() for key, value in weights.items()}, path, {"format": "pt"})
 
 
-def _to_official(files: ModelFiles, path: Path, parts: Sequence[str], report: Report) -> Path:
+def _to_official(files: ModelFiles, path: Path, parts: Sequence[str], weights_of: Weights) -> Path:
     if len(parts) != 1 or parts[0] == "text":
         raise InputError(f"an official file holds the transformer or the VAE, not {', '.join(parts) or 'nothing'}")
     if path.suffix not in TORCH_SUFFIXES:
         raise InputError(f"cannot write {path}: an official file ends in {', '.join(TORCH_SUFFIXES)}")
-    weights: Mapping[str, Tensor] = _weights(files, parts[0], report)
+    weights = weights_of(parts[0])
     if parts[0] == "transformer":
         counts = files.config.training.get("official", {})
         weights = official_table(weights, files.config.transformer, counts)
@@ -106,7 +111,7 @@ def _to_official(files: ModelFiles, path: Path, parts: Sequence[str], report: Re
     return path
 
 
-def _to_orrery(files: ModelFiles, folder: Path, parts: Sequence[str], report: Report) -> Path:
+def _to_orrery(files: ModelFiles, folder: Path, parts: Sequence[str], weights_of: Weights) -> Path:
     missing = [name for name in PARTS if name not in parts and name not in files.config.shared]
     if missing:
         raise InputError(f"a model folder needs its {', '.join(missing)}: name it among the parts")
@@ -114,14 +119,14 @@ def _to_orrery(files: ModelFiles, folder: Path, parts: Sequence[str], report: Re
     config = dataclasses.replace(files.config, shared=shared)
     with atomic_folder(folder, replaces="config.json") as partial:
         for name in parts:
-            _write(_weights(files, name, report), partial / f"{name}.safetensors")
+            _write(weights_of(name), partial / f"{name}.safetensors")
         if "text" in parts:
             _copy_tokenizer(files.tokenizer(), partial, config, whole=False)
         write_config(partial, config, f"# {Path(files.name).name}\n\nConverted by Orrery from `{files.name}`.")
     return folder
 
 
-def _to_diffusers(files: ModelFiles, folder: Path, parts: Sequence[str], report: Report) -> Path:
+def _to_diffusers(files: ModelFiles, folder: Path, parts: Sequence[str], weights_of: Weights) -> Path:
     config = files.config
     rename: dict[str, Callable[[str], str]] = {
         "transformer": diffusers_transformer_key,
@@ -141,7 +146,7 @@ def _to_diffusers(files: ModelFiles, folder: Path, parts: Sequence[str], report:
             sub.mkdir()
             _json(sub / "config.json", written[name])
             file = "model.safetensors" if name == "text" else "diffusion_pytorch_model.safetensors"
-            _write(_weights(files, name, report), sub / file, rename[name])
+            _write(weights_of(name), sub / file, rename[name])
         if "text" in parts:
             (partial / "tokenizer").mkdir()
             _copy_tokenizer(files.tokenizer(), partial / "tokenizer", config, whole=True)

@@ -22,6 +22,7 @@ from orrery.weights.layouts import unwrapped
 
 SAFETENSORS_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_intact_files: set[tuple[str, int, int]] = set()
 _TEXT_FILES = (
     (
         re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.I),
@@ -141,7 +142,12 @@ def _read_torch(path: Path, mapped: bool) -> dict[str, Tensor]:
 
 
 def _check_zip(path: Path) -> None:
-    """Checksums of a torch checkpoint, which mapping it into memory would pass over. About a second a gigabyte."""
+    """Checksums of a torch checkpoint, which mapping it into memory would pass over. About a second a gigabyte, once a
+    process and file."""
+    stat = path.stat()
+    mark = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    if mark in _intact_files:
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -152,6 +158,7 @@ def _check_zip(path: Path) -> None:
         raise InputError(
             f"cannot read {path}: it is damaged, {len(damaged)} of {len(records)} records fail their checksum"
         )
+    _intact_files.add(mark)
 
 
 def _intact(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
