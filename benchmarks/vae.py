@@ -44,8 +44,8 @@ from orrery.nn.vae_tiling import decode_tiled, encode_tiled
 PRESET = {"full": PRESETS["wan2.1"], "small": dataclasses.replace(PRESETS["wan2.1"], base=24)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULTS = {
-    "cpu": {"dtype": "float32", "size": (96, 160), "frames": 9, "tile": (8, 12), "overlap": 4},
-    "cuda": {"dtype": "bfloat16", "size": (704, 1280), "frames": 93, "tile": (32, 32), "overlap": 8},
+    "cpu": {"dtype": "float32", "size": (64, 96), "frames": 9, "tile": (6, 8), "overlap": 4},
+    "cuda": {"dtype": "bfloat16", "size": (704, 1280), "frames": 93, "tile": (48, 48), "overlap": 8},
 }
 STREAMED, WHOLE, TILED, THEIRS = "ours, streamed", "ours, whole clip", "ours, tiled", "diffusers"
 LEGEND = (
@@ -328,7 +328,7 @@ def _line(cells: list[str]) -> str:
 def pair_of(text: str) -> tuple[int, int]:
     """Height and width out of HxW."""
     if not (match := re.fullmatch(r"(\d+)x(\d+)", text)):
-        raise argparse.ArgumentTypeError(f"must be HxW such as 96x160, got {text}")
+        raise argparse.ArgumentTypeError(f"must be HxW such as 704x1280, got {text}")
     return int(match[1]), int(match[2])
 
 
@@ -338,10 +338,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, else bfloat16")
     parser.add_argument("--preset", choices=PRESET, default="full", help="widths of the published VAE, or a quarter")
-    parser.add_argument("--size", type=pair_of, help="pixels, HxW: 96x160 on a CPU, else 704x1280")
+    parser.add_argument("--size", type=pair_of, help="pixels, HxW: 64x96 on a CPU, else 704x1280")
     parser.add_argument("--frames", type=int, help="4k + 1: 9 on a CPU, else 93")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tile", type=pair_of, help="latents, HxW: 8x12 on a CPU, else 32x32")
+    parser.add_argument("--tile", type=pair_of, help="latents, HxW: 6x8 on a CPU, else 48x48")
     parser.add_argument("--overlap", type=int, help="latents: 4 on a CPU, else 8")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # print the peak memory of one case and stop
     options = parser.parse_args(words)

@@ -207,3 +207,12 @@ def test_a_wider_overlap_is_better(mini):
     whole = mini.decode(latents)
     errors = [psnr(decode_tiled(mini, latents, (16, 16), n, dtype=torch.float32) - whole) for n in (0, 2, 4, 8)]
     assert all(wider > narrower + 5 for narrower, wider in zip(errors, errors[1:], strict=False)), errors
+
+
+@torch.no_grad()
+def test_dropping_the_edges_of_tiles_is_better(mini, monkeypatch):
+    latents = mini.encode(shapes_in_motion(1))
+    whole = mini.decode(latents)
+    dropped = psnr(decode_tiled(mini, latents, (16, 16), 8, dtype=torch.float32) - whole)
+    monkeypatch.setattr(vae_tiling, "EDGE", 0.0)
+    assert dropped > psnr(decode_tiled(mini, latents, (16, 16), 8, dtype=torch.float32) - whole) + 15

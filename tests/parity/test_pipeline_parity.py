@@ -2,6 +2,7 @@
 noise; the directory that diffusers saved loads here, and the one that we write loads there."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import orrery
+from orrery.errors import InputError
 from orrery.flow import numpy_noise
 from orrery.video import Video
 from orrery.weights import convert, find_model
@@ -256,3 +258,23 @@ def test_guidance_side_by_side_is_guidance_one_by_one(saved: Path) -> None:
         together = world._latents(settled, plan, None)
         singly = world._latents(settled, type(plan)(**plan.__dict__ | {"side_by_side": False}), None)
     assert (together - singly).abs().max() < 1e-4 * singly.abs().max()
+
+
+def test_a_broken_directory_is_named(saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "p"))
+    config = folder / "transformer" / "config.json"
+    values = json.loads(config.read_text())
+    for change, message in (
+        ({"num_layers": None}, "lacks the key 'num_layers'"),
+        ({"controlnet_block_every_n": 7}, "controlnet_block_every_n is 7: a control branch is not supported yet"),
+        ({"_class_name": "WanTransformer3DModel"}, "is of a WanTransformer3DModel; allowed is Cosmos"),
+        ({"num_layers": 3}, "lacks 20 of 69 weights: transformer_blocks.2."),
+    ):
+        changed = {key: value for key, value in (values | change).items() if value is not None or key != "num_layers"}
+        config.write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=message) as error:
+            load(folder)
+        assert "\n" not in str(error.value)
+    (folder / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(InputError, match="holds a WanPipeline; allowed is Cosmos2_5_PredictBasePipeline"):
+        load(folder)

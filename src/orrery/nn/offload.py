@@ -4,7 +4,8 @@ While a block computes, the weights of the next are copied beside it on a stream
 the copy hides behind the computation wherever that takes longer (for the 2B at 720p: some 100 ms against 6 ms).
 """
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class StreamedBlocks:
         blocks: with one dtype and equal shapes from block to block; their weights are moved to the host.
         device: where they compute. On a CPU this works too and saves nothing.
 
-    Between visits a block's parameters are empty: its state dict is not to be saved, nor the network to be moved.
+    Between visits a block's parameters are empty: its state dict is not to be saved, nor the network to be moved, and
+    there are no gradients through it. One walk at a time: a new one ends an earlier one that was left half way.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device | str) -> None:
@@ -48,6 +50,11 @@ class StreamedBlocks:
         self._copying: Any = torch.cuda.Stream(self.device) if cuda else None
         self._copied: list[Any] = [torch.cuda.Event() for _ in self._slots] if cuda else []
         self._used: list[Any] = [torch.cuda.Event() for _ in self._slots] if cuda else []
+        if self._copying is not None:
+            for slot, used in zip(self._slots, self._used, strict=True):
+                used.record(torch.cuda.current_stream(self.device))  # what had this memory before may still compute
+                slot.record_stream(self._copying)  # and whoever has it next waits for the copies
+        self._walk: Callable[[], Any] = lambda: None  # the walk under way, if its reader still holds it
 
     @property
     def device_bytes(self) -> int:
@@ -56,6 +63,13 @@ class StreamedBlocks:
 
     def __call__(self) -> Iterator[nn.Module]:
         """The blocks, one after the other; the weights of the one before are gone."""
+        if (left := self._walk()) is not None:
+            left.close()
+        walk = self._visits()
+        self._walk = weakref.ref(walk)
+        return walk
+
+    def _visits(self) -> Generator[nn.Module, None, None]:
         self._fetch(0)
         for index, block in enumerate(self.blocks):
             slot = index % len(self._slots)

@@ -21,6 +21,17 @@ TEXT_CLASSES = ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLTextModel", "Qw
 TEXT_LENGTH = 512
 
 
+class _Options(dict[str, Any]):
+    """The options of a file; asking for one that is not there is an error of that file."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(f"{self.path} lacks the key {key!r}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a file, or an InputError that names it."""
     try:
@@ -31,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: it is not JSON ({one_line(error)})") from error
     if not isinstance(values, dict):
         raise InputError(f"cannot read {path}: it holds no table of options")
-    return values
+    return _Options(path, values)
 
 
 def read_pipeline(folder: Path, text_folder: Path | None = None) -> ModelConfig:

@@ -5,7 +5,7 @@ and its three parts. Weights are found or downloaded only when a part is asked f
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,6 @@ class ModelFiles:
     parts: Mapping[str, Part]
     tokenizer: Callable[[], Path]
     folder: Path | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_model(
@@ -273,15 +272,15 @@ def _official_file(path: Path, vae: Any, text: Any, like: str | None) -> ModelFi
 
 def _overridden(files: ModelFiles, vae: Any, text: Any) -> ModelFiles:
     """The same model with its VAE or its text encoder from elsewhere."""
+    if vae is None and text is None:
+        return files
     config, parts, tokenizer = files.config, dict(files.parts), files.tokenizer
-    shared = {name: value for name, value in config.shared.items() if (vae, text)[name == "text"] is None}
-    changes: dict[str, Any] = {"shared": shared}
+    given = {"vae": vae, "text": text}
+    changes: dict[str, Any] = {"shared": {name: kept for name, kept in config.shared.items() if given[name] is None}}
     if vae is not None:
         changes["vae"], parts["vae"] = _vae_part(Path(vae))
     if text is not None:
         changes["text"], parts["text"], tokenizer = _text_part(Path(text))
-    if vae is None and text is None:
-        return files
     try:
         config = dataclasses.replace(config, **changes)
     except ValueError as error:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from orrery.errors import InputError, OrreryError
+from orrery.errors import InputError, OrreryError, note
 from orrery.files import atomic_file
 from orrery.nn.dit import DiT
 from orrery.nn.offload import StreamedBlocks
@@ -82,22 +82,27 @@ class Networks:
 
     def with_loras(self, loras: Sequence[Lora]) -> None:
         """Merge these into the transformer, instead of those that were; exact whichever were merged before."""
-        self.loras = tuple(loras)
         if self._merged is not None:
             self._merged.undo()
             self._merged = None
-        if self.loras and (network := self._loaded.get("transformer")) is not None:
-            self._merged = merge(network, self.loras)
+        self.loras = ()  # which is true should merging fail
+        if loras and (network := self._loaded.get("transformer")) is not None:
+            self._merged = merge(network, loras)
+        self.loras = tuple(loras)
 
     @contextmanager
     def use(self, name: str, placement: str = "resident", on_cpu: bool = False) -> Iterator[Any]:
         """A network, on the device while the block runs; with "resident" it stays there.
 
+        With another placement those that stayed so far go first, and what the block was given is empty afterwards,
+        whoever still holds it.
+
         on_cpu: the network runs on the CPU all the same.
         """
-        if placement == "resident" or name in self._loaded:
+        if placement == "resident":
             yield self._keep(name)
             return
+        self.release()
         device = torch.device("cpu") if on_cpu else self.device
         streamed = name == "transformer" and placement == "blocks"
         network = self._load(name, torch.device("cpu") if streamed else device)
@@ -108,7 +113,7 @@ class Networks:
         try:
             yield network
         finally:
-            del network
+            _empty(network)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -122,9 +127,9 @@ class Networks:
     def _keep(self, name: str) -> nn.Module:
         if name not in self._loaded:
             network = self._load(name, self.device)
-            self._loaded[name] = network
             if name == "transformer" and self.loras:
                 self._merged = merge(network, self.loras)
+            self._loaded[name] = network
         return self._loaded[name]
 
     def _load(self, name: str, device: torch.device) -> nn.Module:
@@ -146,6 +151,14 @@ def _streamed(network: DiT, device: torch.device) -> DiT:
     return network
 
 
+def _empty(network: nn.Module) -> None:
+    """Let go of a network's weights, also those that wait on the host."""
+    if isinstance(network, DiT):
+        network.walk = None
+    for parameter in network.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
 class Embeddings:
     """Text embeddings on disk, so that a second run needs no encoder: one file a prompt, named by what made it.
 
@@ -155,6 +168,7 @@ class Embeddings:
 
     def __init__(self, folder: str | os.PathLike[str], files: ModelFiles, dtype: torch.dtype) -> None:
         self.folder = Path(folder)
+        self._shape = (1, files.config.text.length, files.config.text.text_dim)
         self._maker = [
             json.dumps(files.config.to_json()["text"], sort_keys=True),
             files.parts["text"].identity,
@@ -171,11 +185,22 @@ class Embeddings:
         return self.folder / f"{key}.safetensors"
 
     def get(self, prompt: str) -> Tensor | None:
-        """[1, L, text_dim], or None if it was never kept."""
+        """[1, L, text_dim], or None if it was never kept, or cannot be read any more: then a line says so."""
         path = self.path(prompt)
-        return read_tensors(path)["embedding"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            embedding = read_tensors(path).get("embedding")
+            if embedding is not None and embedding.shape == self._shape and bool(embedding.isfinite().all()):
+                return embedding
+            why = f"{path} holds no embedding of this text encoder"
+        except InputError as error:
+            why = str(error)
+        note(f"a text embedding is made again: {why}")
+        return None
 
     def put(self, prompt: str, embedding: Tensor) -> None:
         """Keep [1, L, text_dim]."""
+        blob = save({"embedding": embedding.detach().cpu().contiguous()}, {"prompt": prompt})
         with atomic_file(self.path(prompt)) as partial:
-            save_file({"embedding": embedding.detach().cpu().contiguous()}, partial, {"prompt": prompt})
+            partial.write_bytes(blob)

@@ -21,6 +21,7 @@ import torch
 
 from orrery.errors import InputError
 from orrery.nn.dit import Conditions, DiT, DiTConfig
+from orrery.nn.rope import cached_rope_table
 from orrery.nn.text import PAD, TextConfig, TextEncoder, word_tokenizer
 from orrery.nn.vae import VAE, VAEConfig
 from orrery.nn.vae_tiling import TILE
@@ -120,14 +121,14 @@ def make_plan(
     capacity = memory * (1 - MARGIN) - (CONTEXT if cuda else 0)
     needs = measure(config, shape, dtype, vae_dtype)
     choices = (placement,) if placement else PLACEMENTS if cuda else PLACEMENTS[:2]
-    plans = [_placed(needs, shape, choice, capacity) for choice in choices]
+    plans = [_placed(needs, shape, choice, capacity, cuda) for choice in choices]
     exact = [plan for plan in plans if plan.placement != "resident" or not plan.tiled or placement]
     return next((plan for plan in exact if plan.fits), plans[-1])
 
 
-def _placed(needs: Needs, shape: Shape, placement: str, capacity: float) -> Plan:
+def _placed(needs: Needs, shape: Shape, placement: str, capacity: float, cuda: bool) -> Plan:
     resident = placement == "resident"
-    text_on_cpu = not resident and needs.text + needs.text_peak > capacity
+    text_on_cpu = cuda and not resident and needs.text + needs.text_peak > capacity
     weights = 0 if text_on_cpu else needs.text
     others = weights + needs.transformer + needs.vae if resident else 0
     transformer = needs.transformer
@@ -158,14 +159,15 @@ def _measure(
         network, autoencoder = DiT(transformer), VAE(vae).to(vae_dtype)
         height, width = (side // autoencoder.spatial_factor for side in shape.size)
         size = ((shape.frames - 1) // autoencoder.temporal_factor + 1, height, width)
-        tile = (min(height, TILE[0]), min(width, TILE[1]))
         one, all_texts = (
             _transformer_peak(transformer, text.length, size, dtype, shape.texts, batch) for batch in (1, shape.texts)
         )
-        whole_peak, tile_peak = (_vae_peak(autoencoder, part, shape.given, vae_dtype) for part in (size[1:], tile))
+        whole_peak, tile_peak = (
+            _vae_peak(autoencoder, size[1:], shape.given, vae_dtype, tiled) for tiled in (False, True)
+        )
     return Needs(
         text=parameter_bytes(encoder, dtype),
-        text_peak=_text_peak(text, dtype),
+        text_peak=_text_peak(text, dtype, shape.texts),
         transformer=parameter_bytes(network, dtype),
         block=parameter_bytes(network.blocks[0], dtype),
         blocks=len(network.blocks),
@@ -177,34 +179,39 @@ def _measure(
     )
 
 
-def _text_peak(config: TextConfig, dtype: torch.dtype) -> int:
-    """Of one prompt, by hand (transformers' modules look at numbers on their way): all hidden states and their
-    concatenation, a layer's own, and a norm in float32."""
-    states, layer = (2 * config.layers + 6) * config.hidden_size, 3 * config.mlp
+def _text_peak(config: TextConfig, dtype: torch.dtype, texts: int) -> int:
+    """Of one prompt after the others, by hand (transformers' modules look at numbers on their way): all hidden states
+    and the embeddings made of them, a layer's own, and a norm in float32."""
+    states, layer = ((1 + texts) * config.layers + 6) * config.hidden_size, 3 * config.mlp
     return config.length * ((states + layer) * dtype.itemsize + 2 * config.hidden_size * 4)
 
 
 def _transformer_peak(
     config: DiTConfig, length: int, size: tuple[int, int, int], dtype: torch.dtype, texts: int, batch: int
 ) -> int:
-    """Of one step: the forward pass, the keys and values of all texts in all blocks, and what the solver holds.
+    """Of one step: the forward pass, all texts (their embeddings; their keys and values in all blocks, of a batch as
+    they are and put together), and what the solver holds.
 
     The pass is measured with two blocks: more add nothing to its peak.
     """
+    cached_rope_table.cache_clear()  # a table that an earlier measurement made would not be counted
     network = DiT(dataclasses.replace(config, depth=min(2, config.depth))).to(dtype)
     latents = torch.empty(batch, config.latent_channels, *size)
     text = torch.empty(batch, length, config.text_width, dtype=dtype)
     conditions = Conditions(network.encode_text(text), torch.empty(1, 1, *size))
     forward = peak_bytes(lambda: network(latents, torch.empty(batch, size[0]), conditions))
-    texts_held = texts * config.depth * 2 * length * config.width * dtype.itemsize
+    keys_values = config.depth * 2 * length * config.width * (2 if batch > 1 else 1)
+    texts_held = texts * (keys_values + length * config.text_width) * dtype.itemsize
     return forward + texts_held + LATENTS_HELD * latents[:1].numel() * 4
 
 
-def _vae_peak(vae: VAE, size: tuple[int, int], given: int, dtype: torch.dtype) -> int:
-    """Of streamed decoding (after two chunks every cache is full) and of encoding the given frames."""
-    channels, factor = vae.config.latent_channels, vae.spatial_factor
-    chunk = latents_at_once(vae, size)
-    latents = torch.empty(1, channels, 3 * chunk, *size, dtype=dtype)
+def _vae_peak(vae: VAE, size: tuple[int, int], given: int, dtype: torch.dtype, tiled: bool) -> int:
+    """Of streamed decoding (after two chunks every cache is full) and of encoding the given frames: all of them and
+    the whole picture at once, or a tile latent by latent, as `decode_tiled` and `encode_tiled` do."""
+    factor = vae.spatial_factor
+    rows, columns = (min(side, limit) for side, limit in zip(size, TILE)) if tiled else size
+    chunk = 1 if tiled else latents_at_once(vae, size)
+    latents = torch.empty(1, vae.config.latent_channels, 3 * chunk, rows, columns, dtype=dtype)
 
     def decode() -> None:
         for _ in vae.decode_stream(latents, chunk):
@@ -213,7 +220,9 @@ def _vae_peak(vae: VAE, size: tuple[int, int], given: int, dtype: torch.dtype) -
     peak = peak_bytes(decode)
     if given:
         frames = torch.empty(1, 3, given, size[0] * factor, size[1] * factor, dtype=dtype)
-        peak = max(peak, peak_bytes(lambda: vae.encode(frames, vae.temporal_factor)))
+        part = frames[..., : rows * factor, : columns * factor]
+        encode = peak_bytes(lambda: vae.encode(part, vae.temporal_factor if tiled else None))
+        peak = max(peak, frames.nbytes + encode)
     return peak
 
 
