@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,12 +54,14 @@ from orrery.errors import InputError, OrreryError, one_line
 from orrery.nn.dit import Conditions, DiT, DiTConfig
 from orrery.nn.rope import cached_rope_table
 
+TIMES = {"per-frame": "a time for each latent frame", "shared": "one time for all frames"}
+_LARGE = {"preset": "2b", "size": (704, 1280), "frames": 93, "dtype": "bfloat16", "repeats": 3}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"preset": "small", "size": (192, 320), "frames": 17, "dtype": "float32", "repeats": 5},
-    "cuda": {"preset": "2b", "size": (704, 1280), "frames": 93, "dtype": "bfloat16", "repeats": 3},
+    "cpu": {"preset": "small", "size": (192, 320), "frames": 17, "dtype": "float32", "repeats": 5, "times": [*TIMES]},
+    "cuda": _LARGE | {"times": ["per-frame"]},
+    "meta": _LARGE | {"times": [*TIMES]},
 }
 OURS, CACHED, THEIRS = "ours", "ours, text cached", "diffusers"
-TIMES = {"per-frame": "a time for each latent frame", "shared": "one time for all frames"}
 GIVEN = 2  # latent frames that are given, as in Video2World
 TRIAL_BLOCKS = 2
 REFERENCE_FRAMES = 17  # of the comparison with float32
@@ -101,6 +104,11 @@ Contenders = dict[str, Callable[[], Tensor]]
 def kind(options: argparse.Namespace) -> str:
     """ "cpu", "cuda" or "meta"."""
     return torch.device(options.device).type
+
+
+def clock(options: argparse.Namespace) -> Callable[[], float]:
+    """What time is measured with."""
+    return time.process_time if options.cpu_seconds else time.perf_counter
 
 
 def latent_size(options: argparse.Namespace, frames: int | None = None) -> tuple[int, int, int]:
@@ -281,7 +289,7 @@ def first_blocks(network: nn.Module, name: str) -> Iterator[None]:
         setattr(network, name, blocks)
 
 
-def tried(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+def tried(functions: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of each, or in a line why it does not run."""
     results: dict[str, Any] = {}
     for name, function in functions.items():
@@ -290,7 +298,7 @@ def tried(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, An
         except Exception as problem:  # whatever a kernel or a missing package raises
             results[name] = one_line(problem)[:70] or type(problem).__name__
     fitting = {name: function for name, function in functions.items() if name not in results}
-    seconds = paired(fitting, max(3, repeats))
+    seconds = paired(fitting, max(3, options.repeats), clock=clock(options))
     return {name: results.get(name) or statistics.median(seconds[name]) for name in functions}
 
 
@@ -308,7 +316,7 @@ def try_kernels(ours: DiT, theirs: Any, options: argparse.Namespace, times: str)
 
     backends = {name: with_kernel(getattr(SDPBackend, name)) for name in OUR_KERNELS}
     with first_blocks(ours, "blocks"):
-        found[OURS] = tried({"default": runs[OURS]} | backends, options.repeats)
+        found[OURS] = tried({"default": runs[OURS]} | backends, options)
     if theirs is None:
         return found
 
@@ -320,7 +328,7 @@ def try_kernels(ours: DiT, theirs: Any, options: argparse.Namespace, times: str)
         return run
 
     with first_blocks(theirs, "transformer_blocks"):
-        found[THEIRS] = tried({name: with_backend(name) for name in (*EXACT, *ROUNDED)}, options.repeats)
+        found[THEIRS] = tried({name: with_backend(name) for name in (*EXACT, *ROUNDED)}, options)
     theirs.set_attention_backend(fastest(found[THEIRS], EXACT))
     return found
 
@@ -356,9 +364,15 @@ def to_float32(ours: DiT, theirs: Any, options: argparse.Namespace, times: str) 
 
 
 def group(
-    ours: DiT, theirs: Any, options: argparse.Namespace, times: str, batch: int, kernels: dict[str, dict[str, Any]]
+    ours: DiT,
+    theirs: Any,
+    options: argparse.Namespace,
+    times: str,
+    batch: int,
+    kernels: dict[str, dict[str, Any]],
+    notes: list[str],
 ) -> dict[str, dict[str, Any]]:
-    """The rows of one table: all contenders with one kind of times and one batch."""
+    """The rows of one table: all contenders with one kind of times and one batch. notes: gets how quiet it was."""
     functions = contenders(ours, theirs, options, times, batch)
     names = dict.fromkeys(functions)
     best = fastest(kernels[OURS], ("default", *OUR_KERNELS))
@@ -378,7 +392,9 @@ def group(
         except torch.OutOfMemoryError:
             print(f"{name}, batch of {batch}: does not fit into this GPU's memory and is left out", flush=True)
             torch.cuda.empty_cache()
-    seconds = paired({name: functions[name] for name in work}, options.repeats, warmup=0)
+    fitting = {name: functions[name] for name in work}
+    quiet = 0.1 if kind(options) == "cpu" and not options.cpu_seconds else None
+    seconds = paired(fitting, options.repeats, 0, quiet, notes.append, clock(options))
     rows: dict[str, dict[str, Any]] = {}
     for name in work:
         median = statistics.median(seconds[name])
@@ -401,7 +417,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every number on a CPU or a GPU."""
     ours, theirs = build(options, options.diffusers)
     dtype = DTYPES[options.dtype]
-    ceilings = [matmul_ceiling(options.device, dtype)]
+    ceilings = [matmul_ceiling(options.device, dtype, clock=clock(options))]
     print("attention kernels", file=sys.stderr, flush=True)
     kernels = try_kernels(ours, theirs, options, options.times[0])
     result: dict[str, Any] = {"kernels": kernels, "groups": [], "to_float32": {}}
@@ -410,11 +426,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for times in options.times:
         for batch in options.batch:
             print(f"{times} times, batch of {batch}", file=sys.stderr, flush=True)
-            rows = group(ours, theirs, options, times, batch, kernels)
-            result["groups"].append({"times": times, "batch": batch, "rows": rows})
+            notes: list[str] = []
+            rows = group(ours, theirs, options, times, batch, kernels, notes)
+            result["groups"].append({"times": times, "batch": batch, "rows": rows, "notes": notes})
     if options.dtype != "float32":
         result["to_float32"] = to_float32(ours, theirs, options, options.times[0])
-    ceilings.append(matmul_ceiling(options.device, dtype))
+    ceilings.append(matmul_ceiling(options.device, dtype, clock=clock(options)))
     result |= {"matmul_tflops": max(ceilings), "copy_gbs": copy_ceiling(options.device)}
     for each in result["groups"]:
         for row in each["rows"].values():
@@ -484,11 +501,13 @@ def markdown(result: dict[str, Any]) -> str:
         if "diffusers_attention" in result:
             lines[-1] += f" diffusers runs with its attention `{result['diffusers_attention']}`."
         lines += ["", busy_line(result["load_average"]["before"], result["load_average"]["after"])]
+        lines[-1] += " Seconds are CPU seconds of one thread: others used this machine too." * about["cpu_seconds"]
     where = torch.device(about["device"]).type
     lines += ["", COUNTED if where == "meta" else f"{MEASURED} {COUNTED} {MEMORY[where]}"]
     for each in result["groups"]:
         title = "One forward" if each["batch"] == 1 else f"A batch of {each['batch']}, as guidance asks for"
         lines += ["", f"## {title}: {TIMES[each['times']]}", "", *_rows(each["rows"], result["device"] == "meta")]
+        lines += ["", *(f"Of {note}." for note in each.get("notes", []))][: 2 * len(each.get("notes", []))]
     worst = max(abs(r["tflop"] / r["formula"] - 1) for each in result["groups"] for r in each["rows"].values())
     lines += ["", f"The counts differ from the formula of the shapes by at most {worst:.1e} of themselves."]
     if result.get("plans"):
@@ -542,9 +561,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, else bfloat16")
     parser.add_argument("--repeats", type=int, help="5 on a CPU, else 3")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2], help="batches; 2 is guidance (default: 1 2)")
-    parser.add_argument("--per-frame-times", dest="times", action="append_const", const="per-frame")
-    parser.add_argument("--shared-times", dest="times", action="append_const", const="shared", help="default: both")
+    for times, what in TIMES.items():
+        default = "" if times == "shared" else "; the default on a GPU, both elsewhere"
+        parser.add_argument(f"--{times}-times", dest="times", action="append_const", const=times, help=what + default)
     parser.add_argument("--no-diffusers", dest="diffusers", action="store_false")
+    parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, on a CPU that others use too")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # print the peak memory of one case and stop
     parser.add_argument("--attention", default=EXACT[0], help=argparse.SUPPRESS)  # of diffusers, in that case
@@ -552,17 +573,20 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if options.preset == "14b" and options.device == "cpu":
         print("14b on a CPU: on the meta device (arithmetic, memory, plan)", file=sys.stderr)
         options.device = "meta"
-    for name, value in DEFAULTS["cpu" if kind(options) == "cpu" else "cuda"].items():
+    for name, value in DEFAULTS[kind(options)].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.length = options.length or (40 if options.preset == "mini" else 512)
-    options.times = options.times or list(TIMES)
     if options.frames < 5 or options.frames % 4 != 1:
         raise InputError(f"--frames must be 4k + 1 and at least 5, got {options.frames}")
     if min(options.size) < 16 or options.size[0] % 16 or options.size[1] % 16:
         raise InputError(f"--size must be positive multiples of 16, got {options.size[0]}x{options.size[1]}")
     if min(options.repeats, options.length, *options.batch) < 1:
         raise InputError("--repeats, --length and --batch must be at least 1")
+    if options.cpu_seconds:
+        if kind(options) != "cpu":
+            raise InputError(f"--cpu-seconds needs --device cpu, got {options.device}")
+        torch.set_num_threads(1)
     options.words = words
     return options
 
@@ -587,8 +611,10 @@ def main() -> int:
         "tokens": math.prod(n // p for n, p in zip(latent_size(options), configured(options).patch, strict=True)),
         "options": {k: v for k, v in vars(options).items() if k not in ("memory", "attention", "words", "results")},
     }
-    usual = not meta and options.preset == DEFAULTS[kind(options)]["preset"]
-    name = f"transformer_{slug(result['device'])}" + ("" if usual else f"_{slug(options.preset)}")
+    usual = DEFAULTS[kind(options)]
+    name = f"transformer_{slug(result['device'])}"
+    name += f"_{slug(options.preset)}" if meta or options.preset != usual["preset"] else ""
+    name += f"_{'-'.join(options.times)}" if options.times != usual["times"] else ""
     page = markdown(result)
     print(page, *write_results(name, result, page, options.results), sep="\n")
     return 0

@@ -111,7 +111,7 @@ def test_an_exception_half_way_leaves_it_usable(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.no_grad()
 def test_the_planned_peak_is_what_a_gpu_takes(dtype: torch.dtype) -> None:
-    """Within a fifth. The count errs high where rms_norm is one kernel here, low by what kernels take for themselves."""
+    """Within a fifth: the count errs high where rms_norm is one kernel here, low by what kernels take themselves."""
     config = dataclasses.replace(PRESETS["2b"], width=1024, heads=8, depth=2, text_dim=1024)
     with torch.device("meta"):
         counted = DiT(config).to(dtype)

@@ -244,11 +244,11 @@ def test_vae_is_what_it_takes(name: str, way: Callable[..., Run], dtype: torch.d
 
 @pytest.mark.parametrize("name", VAES)
 def test_a_streamed_vae_does_not_grow_with_the_clip(name: str) -> None:
-    decoded = {n: peak_bytes(decoding("meta", name, n)) for n in (1, 2, 3, 4, 9)}
-    assert decoded[1] < decoded[2] and decoded[3] == decoded[4] == decoded[9]
-    encoded = {n: peak_bytes(encoding("meta", name, n)) for n in (1, 2, 3, 9)}
+    decoded = {n: peak_bytes(decoding("meta", name, n)) for n in (1, 2, 3, 4, 6)}
+    assert decoded[1] < decoded[2] and decoded[3] == decoded[4] == decoded[6]
+    encoded = {n: peak_bytes(encoding("meta", name, n)) for n in (1, 2, 3, 6)}
     result = 16 * VAES[name][1] ** 2 * 4  # bytes of a latent frame: all that may be added is the result itself
-    assert encoded[1] < encoded[2] and encoded[9] - encoded[3] <= 6 * result
+    assert encoded[1] < encoded[2] and encoded[6] - encoded[3] <= 3 * result
 
 
 # A whole generation, stage by stage, against what the plan says of it.
@@ -262,7 +262,7 @@ def middling(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Random weights; activations large enough to outweigh what a plan leaves out. The VAE's decoder is narrow, so that
     encoding five frames is the larger part of a stage that has both."""
     torch.manual_seed(0)
-    text = TextConfig(hidden_size=64, layers=6, heads=2, kv_heads=1, mlp=128, vocab_size=8, length=96)
+    text = TextConfig(hidden_size=256, layers=8, heads=4, kv_heads=1, mlp=256, vocab_size=8, length=96)
     config = ModelConfig(
         transformer=DiTConfig(
             width=96, depth=6, heads=2, adaln_rank=8, text_dim=text.text_dim, context_dim=48, rope_bf16=False
@@ -342,7 +342,7 @@ def test_the_text_encoder_takes_what_was_planned(middling: World, tmp_path: Path
     """By hand, and on the safe side: a prompt and what it leads away from."""
     request = middling.request("a red ball falls")
     real = allocated(lambda: middling._embed(request, plan_of()), tmp_path)
-    assert real <= needs_of(middling).text_peak <= 1.4 * real
+    assert real <= needs_of(middling).text_peak <= 1.2 * real
 
 
 def test_a_plan_does_not_depend_on_earlier_plans(middling: World) -> None:

@@ -1,8 +1,7 @@
-"""Networks that come and go: the same video in every placement, nothing held too long, LoRAs, kept embeddings, dtypes."""
+"""Networks that come and go: one video in every placement, nothing held too long, LoRAs, kept embeddings, dtypes."""
 
 import functools
 import math
-import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from orrery.errors import InputError, OrreryError
 from orrery.nn.offload import StreamedBlocks
 from orrery.nn.vae_tiling import decode_tiled, encode_tiled
 from orrery.video import Video
-from orrery.weights import find_model, load_part, merge
+from orrery.weights import find_model, load_part
 from orrery.weights.lora import Lora, LoraPair, save_lora
 from orrery.weights.sources import transformer_shapes
 from orrery.world import World
-from orrery.world.networks import Embeddings, Networks
+from orrery.world.networks import Embeddings
 from orrery.world.plan import GIB, PLACEMENTS
 
 PROMPT, NEGATIVE = "a red ball falls and bounces", "a blue cube rolls"
@@ -244,7 +243,8 @@ def test_a_lora_that_does_not_fit_changes_nothing(tiny_folder: Path, loras: tupl
     world = orrery.load(tiny_folder, "cpu", loras=[loras[0]])
     expected = pixels(world)
     other = save_lora(
-        tmp_path / "other", Lora("o", {"blocks.7.mlp.layer1.weight": LoraPair(torch.ones(1, 48), torch.ones(192, 1), 1)})
+        tmp_path / "other",
+        Lora("o", {"blocks.7.mlp.layer1.weight": LoraPair(torch.ones(1, 48), torch.ones(192, 1), 1)}),
     )
     with pytest.raises(InputError, match="blocks.7"):
         world.add_lora(other)
@@ -284,21 +284,16 @@ def kept_world(folder: Path, embeddings: Path, **options: Any) -> World:
 
 
 def test_a_prompt_is_encoded_once(tiny_folder: Path, tmp_path: Path, loads: Loads) -> None:
-    folder = tmp_path / "some" / "where"
-    options = {"negative_prompt": NEGATIVE}
-    expected = pixels(orrery.load(tiny_folder, "cpu", placement="stages"), **options)
+    folder, options = tmp_path / "some" / "where", {"negative_prompt": NEGATIVE}
+    plain = orrery.load(tiny_folder, "cpu", placement="stages")
+    expected, of_negative = pixels(plain, **options), pixels(plain, NEGATIVE)
     assert np.array_equal(pixels(kept_world(tiny_folder, folder), **options), expected)
     assert len(list(folder.iterdir())) == 2
     loads.names.clear()
     loads.refused = ("text",)
     assert np.array_equal(pixels(kept_world(tiny_folder, folder), **options), expected)
-    assert np.array_equal(pixels(kept_world(tiny_folder, folder), NEGATIVE), pixels_of_negative(tiny_folder, loads))
-    assert loads.names[:2] == ["transformer", "vae"]
-
-
-def pixels_of_negative(folder: Path, loads: Loads) -> np.ndarray:
-    loads.refused = ()
-    return pixels(orrery.load(folder, "cpu", placement="stages"), NEGATIVE)
+    assert np.array_equal(pixels(kept_world(tiny_folder, folder), NEGATIVE), of_negative)
+    assert loads.names == ["transformer", "vae"] * 2
 
 
 def test_only_what_is_new_is_encoded(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
