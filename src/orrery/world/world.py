@@ -134,7 +134,7 @@ class World:
         self.model, self.name, self.placement = networks, name, placement
         self.files, self.config = networks.files, networks.config
         self.device, self.dtype = networks.device, networks.dtype
-        self.embeddings = None if embeddings is None else Embeddings(embeddings, self.files, self.dtype)
+        self.embeddings = None if embeddings is None else Embeddings(embeddings, networks)
         self.factors = Factors.of(self.config)
         self._prepared: dict[str, Tensor] = {}
         self._told = ""
@@ -337,6 +337,7 @@ class World:
                 texts = [transformer.encode_text(text.to(self.device)) for text in embeddings]
                 report = _offset(progress, index, chunks)
                 chunk = self._chunk(transformer, request, plan, index, native, known, texts, report)
+            del texts
             video = self._decode(chunk, plan)
             pieces.append(video.frames[again if index else 0 :])
             known = self._encode(video[-again:], plan)
