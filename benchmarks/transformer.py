@@ -515,12 +515,16 @@ def markdown(result: dict[str, Any]) -> str:
         lines += table(["GiB", "plan"], [[f"{size}", plan] for size, plan in result["plans"].items()])
     if result.get("kernels"):
         lines += ["", "## Attention kernels", "", f"Seconds of a forward with {TRIAL_BLOCKS} blocks, median.", ""]
-        rows = []
+        rows, failed = [], []
         for who, found in result["kernels"].items():
             for name, value in found.items():
-                said = f"{value:.4g}" if isinstance(value, float) else f"does not run: {value.replace('|', '/')}"
-                rows.append([who, f"`{name}`" + (" (8 bits)" if name in ROUNDED else ""), said])
+                label = f"`{name}`" + (" (8 bits)" if name in ROUNDED else "")
+                if isinstance(value, float):
+                    rows.append([who, label, f"{value:.4g}"])
+                else:
+                    failed.append(f"{who} {label}")
         lines += table(["", "attention", "s"], rows)
+        lines += ["", f"Do not run here (the JSON says why): {', '.join(failed)}."] * bool(failed)
     if found := result.get("to_float32"):
         lines += ["", "## To float32", ""]
         lines += [f"Outputs against ours in float32 with the same weights, first {found['frames']} frames.", ""]
