@@ -21,15 +21,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import orrery
@@ -340,6 +342,36 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int:
     return peak.grown
 
 
+class _Positional(TorchFunctionMode):
+    """Attention with its arguments by position: the tracer looks for them there, and diffusers names them."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is nn.functional.scaled_dot_product_attention and not args:
+            args = tuple(kwargs.pop(key) for key in ("query", "key", "value"))
+        return function(*args, **kwargs)
+
+
+def traced_peak(run: Callable[[], Any]) -> int | None:
+    """Peak bytes of what `run` makes on the meta device; diffusers has its default attention meanwhile.
+
+    None, and a line, where orrery.world cannot be imported, for want of a package that only videos need.
+    """
+    try:
+        from orrery.world.memory import peak_bytes
+    except ImportError as problem:
+        print(f"traced memory is left out: {problem}", file=sys.stderr, flush=True)
+        return None
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    with nullcontext() if dispatch is None else dispatch.attention_backend("native"):
+
+        def positional() -> Any:
+            with _Positional():
+                return run()
+
+        return peak_bytes(positional)
+
+
 def in_child(arguments: list[str]) -> Any:
     """Run this script again in a process of its own with `arguments`; what its last line says, read as JSON.
 
@@ -359,7 +391,7 @@ def dit_config(name: str) -> DiTConfig:
     from orrery.weights import CATALOGUE, find_entry
 
     if name not in CATALOGUE:
-        raise InputError(f"preset is {name!r}; allowed are small, {', '.join([*PRESETS, *CATALOGUE])}")
+        raise InputError(f"preset is {name!r}; allowed are {', '.join(dict.fromkeys(['small', *PRESETS, *CATALOGUE]))}")
     entry = find_entry(name)
     return dataclasses.replace(PRESETS[entry.network], **entry.network_options)
 
@@ -388,6 +420,30 @@ def random_dit(config: DiTConfig, device: str | torch.device, dtype: torch.dtype
 
     fill(net, draw, device)
     return net
+
+
+def shared_with_diffusers(ours: DiT) -> nn.Module:
+    """diffusers' transformer whose weights are ours."""
+    from diffusers.models.transformers import transformer_cosmos
+    from diffusers.utils import logging
+
+    from orrery.weights.layouts import diffusers_transformer_key
+    from orrery.weights.pipeline_dir import transformer_json
+
+    logging.set_verbosity_error()
+    if not hasattr(transformer_cosmos, "transforms"):  # torchvision resizes the padding mask, and is not here
+
+        def resize(x: Tensor, size: list[int], interpolation: str) -> Tensor:
+            return nn.functional.interpolate(x, size=size, mode=interpolation)
+
+        functional, modes = SimpleNamespace(resize=resize), SimpleNamespace(NEAREST="nearest")
+        transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
+    words = {key: value for key, value in transformer_json(ours.config).items() if not key.startswith("_")}
+    with torch.device("meta"):
+        theirs = transformer_cosmos.CosmosTransformer3DModel(**words)
+    weights = {diffusers_transformer_key(name): value for name, value in ours.state_dict().items()}
+    theirs.load_state_dict(weights, strict=True, assign=True)
+    return theirs.eval().requires_grad_(False)
 
 
 def height_width(text: str) -> tuple[int, int]:

@@ -213,7 +213,7 @@ def markdown(result: dict[str, Any]) -> str:
         gpu = row["runs"][0]["gpu_peak"]
         rows.append(
             [f"load_part, {how}" if how in PATHS else how, "of the file" if dtype == "none" else dtype]
-            + [f"{row['file'] / 1e9:.2f}", f"{row['peak'] / 1e9:.2f}", f"{row['of_file']:.2f}"]
+            + [f"{row['file'] / 1e9:.2f}", f"{row['peak'] / 1e9:.2f}", f"{row['of_file']:.3f}"]
             + [
                 f"{row['load']:.2f}",
                 "" if row["first"] is None else f"{row['first']:.2f}",

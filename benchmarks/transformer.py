@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,13 +41,14 @@ from common import (
     provenance,
     random_dit,
     ratio,
+    shared_with_diffusers,
     slug,
     table,
+    traced_peak,
     write_results,
 )
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from orrery.errors import InputError, OrreryError, one_line
 from orrery.nn.dit import Conditions, DiT, DiTConfig
@@ -101,16 +101,6 @@ MEMORY = {
 Contenders = dict[str, Callable[[], Tensor]]
 
 
-def kind(options: argparse.Namespace) -> str:
-    """ "cpu", "cuda" or "meta"."""
-    return torch.device(options.device).type
-
-
-def clock(options: argparse.Namespace) -> Callable[[], float]:
-    """What time is measured with."""
-    return time.process_time if options.cpu_seconds else time.perf_counter
-
-
 def latent_size(options: argparse.Namespace, frames: int | None = None) -> tuple[int, int, int]:
     """T, H, W of the latents."""
     height, width = options.size
@@ -125,36 +115,12 @@ def configured(options: argparse.Namespace) -> DiTConfig:
 def build(options: argparse.Namespace, theirs: bool) -> tuple[DiT, Any]:
     """Our DiT and diffusers' (None unless `theirs`); the weights are in memory once."""
     config, dtype = configured(options), DTYPES[options.dtype]
-    if kind(options) == "meta":
+    if options.kind == "meta":
         with torch.device("meta"):
             ours = DiT(config).to(dtype).eval().requires_grad_(False)
     else:
         ours = random_dit(config, options.device, dtype)
     return ours, shared_with_diffusers(ours) if theirs else None
-
-
-def shared_with_diffusers(ours: DiT) -> nn.Module:
-    """diffusers' transformer whose weights are ours."""
-    from diffusers.models.transformers import transformer_cosmos
-    from diffusers.utils import logging
-
-    from orrery.weights.layouts import diffusers_transformer_key
-    from orrery.weights.pipeline_dir import transformer_json
-
-    logging.set_verbosity_error()
-    if not hasattr(transformer_cosmos, "transforms"):  # torchvision resizes the padding mask, and is not here
-
-        def resize(x: Tensor, size: list[int], interpolation: str) -> Tensor:
-            return nn.functional.interpolate(x, size=size, mode=interpolation)
-
-        functional, modes = SimpleNamespace(resize=resize), SimpleNamespace(NEAREST="nearest")
-        transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
-    words = {key: value for key, value in transformer_json(ours.config).items() if not key.startswith("_")}
-    with torch.device("meta"):
-        theirs = transformer_cosmos.CosmosTransformer3DModel(**words)
-    weights = {diffusers_transformer_key(name): value for name, value in ours.state_dict().items()}
-    theirs.load_state_dict(weights, strict=True, assign=True)
-    return theirs.eval().requires_grad_(False)
 
 
 def inputs(
@@ -222,41 +188,12 @@ def formula(config: DiTConfig, options: argparse.Namespace, times: str, batch: i
 
 def traced(options: argparse.Namespace, times: str, batch: int, name: str) -> int | None:
     """Peak bytes beyond weights and inputs, counted on meta; None where orrery.world cannot be imported."""
-    try:
-        from orrery.world.memory import peak_bytes
-    except ImportError as problem:  # of a package that only videos need
-        print(f"traced memory is left out: {one_line(problem)}", file=sys.stderr, flush=True)
-        return None
-    on_meta = argparse.Namespace(**vars(options) | {"device": "meta"})
+    on_meta = argparse.Namespace(**vars(options) | {"device": "meta", "kind": "meta"})
     ours, theirs = build(on_meta, theirs=name == THEIRS)
     with torch.device("meta"):
-        function = contenders(ours, theirs, on_meta, times, batch)[name]
+        run = contenders(ours, theirs, on_meta, times, batch)[name]
         cached_rope_table.cache_clear()
-
-        def run() -> Tensor:
-            with by_default(theirs), Positional():
-                return function()
-
-        return peak_bytes(run)
-
-
-class Positional(TorchFunctionMode):
-    """Attention with its arguments by position: the tracer looks for them there, and diffusers names them."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if function is nn.functional.scaled_dot_product_attention and not args:
-            args = tuple(kwargs.pop(key) for key in ("query", "key", "value"))
-        return function(*args, **kwargs)
-
-
-def by_default(theirs: Any) -> contextlib.AbstractContextManager:
-    """diffusers with the attention that it has unless told otherwise."""
-    if theirs is None:
-        return contextlib.nullcontext()
-    from diffusers.models.attention_dispatch import attention_backend
-
-    return attention_backend("native")
+        return traced_peak(run)
 
 
 def memory_of(case: str, options: argparse.Namespace) -> int:
@@ -272,7 +209,7 @@ def memory_of(case: str, options: argparse.Namespace) -> int:
 
 def memory(case: str, run: Callable[[], Any], options: argparse.Namespace, attention: str) -> int:
     """Peak bytes of `run`; on a CPU in a new process, where no earlier run has left memory to fill again."""
-    if kind(options) == "cuda":
+    if options.kind == "cuda":
         cached_rope_table.cache_clear()  # diffusers makes its table anew each time: ours counts too
         return peak_memory(run, options.device)
     return in_child([*options.words, "--memory", case, "--attention", attention])
@@ -298,7 +235,7 @@ def tried(functions: dict[str, Callable[[], Any]], options: argparse.Namespace) 
         except Exception as problem:  # whatever a kernel or a missing package raises
             results[name] = one_line(problem)[:70] or type(problem).__name__
     fitting = {name: function for name, function in functions.items() if name not in results}
-    seconds = paired(fitting, max(3, options.repeats), clock=clock(options))
+    seconds = paired(fitting, max(3, options.repeats), clock=options.clock)
     return {name: results.get(name) or statistics.median(seconds[name]) for name in functions}
 
 
@@ -336,6 +273,8 @@ def try_kernels(ours: DiT, theirs: Any, options: argparse.Namespace, times: str)
 def fastest(seconds: dict[str, Any], allowed: tuple[str, ...]) -> str:
     """The first of the names, which is the default; another where it is faster by more than the noise (3 %)."""
     fitting = [name for name in allowed if isinstance(seconds.get(name), float)]
+    if not fitting:
+        raise OrreryError(f"no attention kernel runs: {seconds}; take a smaller --size or --frames")
     best = min(fitting, key=lambda name: seconds[name])
     return best if best not in allowed[:1] and seconds[best] < 0.97 * seconds[fitting[0]] else fitting[0]
 
@@ -351,7 +290,6 @@ def to_float32(ours: DiT, theirs: Any, options: argparse.Namespace, times: str) 
     frames = min(options.frames, REFERENCE_FRAMES)
     runs = contenders(ours, theirs, options, times, 1, frames)
     outputs = {name: runs[name]().float() for name in (OURS, THEIRS) if name in runs}
-
     try:
         wide = copy.deepcopy(ours).float()
         latents, moments, text, mask = inputs(ours.config, options, times, 1, frames)
@@ -364,15 +302,10 @@ def to_float32(ours: DiT, theirs: Any, options: argparse.Namespace, times: str) 
 
 
 def group(
-    ours: DiT,
-    theirs: Any,
-    options: argparse.Namespace,
-    times: str,
-    batch: int,
-    kernels: dict[str, dict[str, Any]],
-    notes: list[str],
-) -> dict[str, dict[str, Any]]:
-    """The rows of one table: all contenders with one kind of times and one batch. notes: gets how quiet it was."""
+    ours: DiT, theirs: Any, options: argparse.Namespace, times: str, batch: int, kernels: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """One table: all contenders with one kind of times and one batch."""
+    print(f"{times} times, batch of {batch}", file=sys.stderr, flush=True)
     functions = contenders(ours, theirs, options, times, batch)
     names = dict.fromkeys(functions)
     best = fastest(kernels[OURS], ("default", *OUR_KERNELS))
@@ -393,8 +326,9 @@ def group(
             print(f"{name}, batch of {batch}: does not fit into this GPU's memory and is left out", flush=True)
             torch.cuda.empty_cache()
     fitting = {name: functions[name] for name in work}
-    quiet = 0.1 if kind(options) == "cpu" and not options.cpu_seconds else None
-    seconds = paired(fitting, options.repeats, 0, quiet, notes.append, clock(options))
+    quiet = 0.1 if options.kind == "cpu" and not options.cpu_seconds else None
+    notes: list[str] = []
+    seconds = paired(fitting, options.repeats, 0, quiet, notes.append, options.clock)
     rows: dict[str, dict[str, Any]] = {}
     for name in work:
         median = statistics.median(seconds[name])
@@ -410,14 +344,14 @@ def group(
             row["peak"] = memory(f"{times}/{batch}/{name}", functions[name], options, attention)
             row["traced"] = traced(options, times, batch, name)
         rows[name] = row
-    return rows
+    return {"times": times, "batch": batch, "rows": rows, "notes": notes}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every number on a CPU or a GPU."""
     ours, theirs = build(options, options.diffusers)
     dtype = DTYPES[options.dtype]
-    ceilings = [matmul_ceiling(options.device, dtype, clock=clock(options))]
+    ceilings = [matmul_ceiling(options.device, dtype, clock=options.clock)]
     print("attention kernels", file=sys.stderr, flush=True)
     kernels = try_kernels(ours, theirs, options, options.times[0])
     result: dict[str, Any] = {"kernels": kernels, "groups": [], "to_float32": {}}
@@ -425,13 +359,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["diffusers_attention"] = fastest(kernels[THEIRS], EXACT)
     for times in options.times:
         for batch in options.batch:
-            print(f"{times} times, batch of {batch}", file=sys.stderr, flush=True)
-            notes: list[str] = []
-            rows = group(ours, theirs, options, times, batch, kernels, notes)
-            result["groups"].append({"times": times, "batch": batch, "rows": rows, "notes": notes})
+            result["groups"].append(group(ours, theirs, options, times, batch, kernels))
     if options.dtype != "float32":
         result["to_float32"] = to_float32(ours, theirs, options, options.times[0])
-    ceilings.append(matmul_ceiling(options.device, dtype, clock=clock(options)))
+    ceilings.append(matmul_ceiling(options.device, dtype, clock=options.clock))
     result |= {"matmul_tflops": max(ceilings), "copy_gbs": copy_ceiling(options.device)}
     for each in result["groups"]:
         for row in each["rows"].values():
@@ -507,7 +438,7 @@ def markdown(result: dict[str, Any]) -> str:
     for each in result["groups"]:
         title = "One forward" if each["batch"] == 1 else f"A batch of {each['batch']}, as guidance asks for"
         lines += ["", f"## {title}: {TIMES[each['times']]}", "", *_rows(each["rows"], result["device"] == "meta")]
-        lines += ["", *(f"Of {note}." for note in each.get("notes", []))][: 2 * len(each.get("notes", []))]
+        lines += [line for note in each.get("notes", []) for line in ("", f"Of {note}.")]
     worst = max(abs(r["tflop"] / r["formula"] - 1) for each in result["groups"] for r in each["rows"].values())
     lines += ["", f"The counts differ from the formula of the shapes by at most {worst:.1e} of themselves."]
     if result.get("plans"):
@@ -577,7 +508,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if options.preset == "14b" and options.device == "cpu":
         print("14b on a CPU: on the meta device (arithmetic, memory, plan)", file=sys.stderr)
         options.device = "meta"
-    for name, value in DEFAULTS[kind(options)].items():
+    options.kind = torch.device(options.device).type
+    for name, value in DEFAULTS[options.kind].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.length = options.length or (40 if options.preset == "mini" else 512)
@@ -588,9 +520,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if min(options.repeats, options.length, *options.batch) < 1:
         raise InputError("--repeats, --length and --batch must be at least 1")
     if options.cpu_seconds:
-        if kind(options) != "cpu":
+        if options.kind != "cpu":
             raise InputError(f"--cpu-seconds needs --device cpu, got {options.device}")
         torch.set_num_threads(1)
+    options.clock = time.process_time if options.cpu_seconds else time.perf_counter
     options.words = words
     return options
 
@@ -605,17 +538,18 @@ def main() -> int:
     options.diffusers = options.diffusers and installed("diffusers")
     made = provenance(*["diffusers"] * options.diffusers)
     before = load_average()
-    meta = kind(options) == "meta"
+    meta = options.kind == "meta"
     result = count(options) if meta else measure(options)
+    hidden = ("memory", "attention", "words", "results", "kind", "clock")
     result |= {
         "made": made,
         "load_average": {"before": before, "after": load_average()},
         "device": "meta" if meta else device_name(options.device),
         "latents": latent_size(options),
         "tokens": math.prod(n // p for n, p in zip(latent_size(options), configured(options).patch, strict=True)),
-        "options": {k: v for k, v in vars(options).items() if k not in ("memory", "attention", "words", "results")},
+        "options": {k: v for k, v in vars(options).items() if k not in hidden},
     }
-    usual = DEFAULTS[kind(options)]
+    usual = DEFAULTS[options.kind]
     name = f"transformer_{slug(result['device'])}"
     name += f"_{slug(options.preset)}" if meta or options.preset != usual["preset"] else ""
     name += f"_{'-'.join(options.times)}" if options.times != usual["times"] else ""

@@ -116,10 +116,10 @@ def _place(output: Path, job: "Job") -> Path:
 
 def _settings(world: "World", job: "Job") -> dict[str, Any]:
     """Arguments of `World.generate`. Frames that are not 4k + 1 are drawn up to the next such number, and cut."""
-    from orrery.video import Video
+    from orrery.video import VIDEO_SUFFIXES, Video
 
     start: Any = job.start
-    if job.start is not None and job.start_kind == "image":
+    if job.start is not None and job.start_kind == "image" and job.start.suffix.lower() in VIDEO_SUFFIXES:
         start = Video.read(job.start, last=1)
     settings: dict[str, Any] = dict(
         start=start,

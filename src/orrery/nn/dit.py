@@ -281,6 +281,7 @@ class Block(nn.Module):
         q = self.cross_attn.queries(modulated_norm(x, shift, scale).flatten(1, 3))
         k, v = self.cross_attn.keys_values(text) if isinstance(text, Tensor) else text
         x = torch.addcmul(x, gate, self.cross_attn(q, k, v).view_as(x))
+        del q, k, v
 
         shift, scale, gate = mlp
         return torch.addcmul(x, gate, self.mlp(modulated_norm(x, shift, scale)))
