@@ -1,4 +1,4 @@
-"""Does a long video drift less when its chunks stay in latents? `python benchmarks/drift.py [--clips 18] [--seed 0]`.
+"""Does a long video drift less when its chunks stay in latents? `python benchmarks/drift.py [--clips 15] [--seed 0]`.
 
 Held-out one-object clips of MuJoCo are continued from their first 5 frames in chunks of 17, with the same noise for
 both ways of handing a chunk over: its last latents as they are ("latents"), or its last frames decoded, rounded to
@@ -34,7 +34,7 @@ HELD_OUT = 1_000_000  # seeds from here on are in no training set
 GIVEN, NATIVE = 5, 17  # frames
 FRAMES = {"drop": NATIVE + 192, "push": NATIVE + 96}  # MuJoCo finds few longer pushes that a caption describes
 LATE = 48  # frames at the end; both overlaps have a seam before and after
-STEPS = 10  # the model's own 20 would give half as many clips in the same time
+STEPS = 10  # the model's own 20 would mean half as many clips in the same time
 STILL = 0.05  # metres (0.6 pixels) that an object at rest may move over all of the late frames
 MARGIN = 4  # pixels around objects that are no background: blur and shadow
 WAYS = [(way, overlap) for overlap in (2, 1) for way in ("latents", "frames")]
@@ -444,7 +444,7 @@ def draw_sheet(path: Path, chosen: list[tuple[Case, dict[str, np.ndarray]]]) -> 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=18, help="two thirds drop, half of which come to rest; else push")
+    parser.add_argument("--clips", type=int, default=15, help="two thirds drop, half of which come to rest; else push")
     parser.add_argument("--seed", type=int, default=0, help="which held-out clips, and their noise")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder, for drift.json, .md and .png")
     options = parser.parse_args()

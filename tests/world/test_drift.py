@@ -1,5 +1,5 @@
 """How a chunk of a long video is handed over, on the embedded model: what a round trip through pixels costs, and what
-it does not. benchmarks/drift.py measures it against truth; the margins here come from four sets of seeds like these.
+it does not. benchmarks/drift.py measures it against truth; the margins here come from five sets of seeds.
 """
 
 import numpy as np
@@ -61,8 +61,10 @@ def background_db(frames: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / error))
 
 
-def handed(world: World, monkeypatch: pytest.MonkeyPatch, way: str, overlap: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the first chunk's last latents, what the second chunk was given)."""
+def handed(
+    world: World, monkeypatch: pytest.MonkeyPatch, way: str, overlap: int
+) -> tuple[torch.Tensor, torch.Tensor, Video]:
+    """(the first chunk's last latents, what the second chunk was given, the first chunk's frames)."""
     chunks: list[tuple[tuple, torch.Tensor]] = []
     original = world._chunk
 
@@ -73,24 +75,28 @@ def handed(world: World, monkeypatch: pytest.MonkeyPatch, way: str, overlap: int
 
     with monkeypatch.context() as patch:
         patch.setattr(world, "_chunk", spy)
-        world.generate(CAPTIONS[0], seed=1, steps=STEPS, frames=29, overlap=overlap, handover=way)
+        video = world.generate(CAPTIONS[0], seed=1, steps=STEPS, frames=29, overlap=overlap, handover=way)
     (_, first), (second, _) = chunks
-    return first[:, :, -overlap:], second[5]
+    return first[:, :, -overlap:], second[5], video[:NATIVE]
 
 
 @pytest.mark.parametrize("overlap", [1, 2])
 def test_latents_go_over_exactly_and_frames_do_not(world: World, monkeypatch: pytest.MonkeyPatch, overlap: int) -> None:
-    last, known = handed(world, monkeypatch, "latents", overlap)
+    last, known, _ = handed(world, monkeypatch, "latents", overlap)
     assert torch.equal(known, last)
-    again, known = handed(world, monkeypatch, "frames", overlap)
-    assert torch.equal(again, last) and known.shape == last.shape  # the first chunk is the same either way
-    # The last latent of two is 4 frames before and after: a tenth of it is lost. The first of those that are encoded
-    # turns from 4 frames into 1, and is another latent.
+    again, known, video = handed(world, monkeypatch, "frames", overlap)
+    assert torch.equal(again, last)  # the first chunk is the same either way
+    shown = video[-5:] if overlap == 2 else video[-1:]
+    with torch.no_grad():
+        assert torch.allclose(known, world.model.vae.encode(shown.to_tensor()), atol=1e-4)  # float32 in another order
+    # Measured: 0.10 of the last latent of two is lost, which is 4 frames before and after. The first of those that are
+    # encoded turns from 4 frames into 1: 0.29, and 0.24 where it is the only one.
     if overlap == 2:
-        assert 0.04 < change(known[:, :, 1], last[:, :, 1]) < 0.2
-    assert 0.2 < change(known[:, :, 0], last[:, :, 0]) < 0.9
+        assert 0.03 < change(known[:, :, 1], last[:, :, 1]) < 0.2
+    assert 0.15 < change(known[:, :, 0], last[:, :, 0]) < 0.6
 
 
+@torch.no_grad()
 def test_what_round_trips_cost_adds_up(world: World, videos: dict[str, list[np.ndarray]]) -> None:
     vae, changes, sizes = world.model.vae, [], []
     for frames in videos["latents"]:
@@ -103,18 +109,19 @@ def test_what_round_trips_cost_adds_up(world: World, videos: dict[str, list[np.n
             changes[-1].append(change(latents, start))
             sizes[-1].append(coloured(video.frames).sum())
     mean = np.mean(changes, axis=0)
-    assert (np.diff(mean) > 0).all() and mean[7] > 2.5 * mean[0] > 0.1
-    assert (np.array(sizes)[:, 7] > 1.2 * np.array(sizes)[:, 0]).all()  # colours bleed outwards
+    # Measured: 0.06 after one, 0.31 after eight; objects larger by 27 to 73 %, because colours bleed outwards.
+    assert (np.diff(mean) > 0).all() and mean[7] > 3 * mean[0] > 0.09
+    assert (np.array(sizes)[:, 7] > 1.15 * np.array(sizes)[:, 0]).all()
 
 
-def test_objects_stay_smaller_in_latents(videos: dict[str, list[np.ndarray]]) -> None:
-    # Measured: 1.02, 1.03, 1.06 and 1.05 over four sets of seeds.
+def test_encoding_again_makes_objects_larger(videos: dict[str, list[np.ndarray]]) -> None:
+    # Measured: 2.3, 3.4, 5.9, 4.5 and 4.5 % over five sets of seeds.
     latents, frames = ([coloured(video)[NATIVE:].mean() for video in videos[way]] for way in WAYS)
     assert np.mean(np.array(frames) / latents) > 1.01
 
 
 def test_the_background_stays_either_way(videos: dict[str, list[np.ndarray]]) -> None:
-    # Measured: 41.5 to 43.6 dB over four sets of seeds, and no difference between the ways: the transformer takes back
-    # what a round trip does to it.
+    # Measured: 39.9 to 43.5 dB over five sets of seeds, the ways at most 1.8 dB apart, in either direction: the
+    # transformer takes back what a round trip does to the background.
     latents, frames = (np.mean([background_db(video) for video in videos[way]]) for way in WAYS)
-    assert min(latents, frames) > 38 and abs(latents - frames) < 4
+    assert min(latents, frames) > 37 and abs(latents - frames) < 4
