@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TOOLS  := $(VENV)/.installed-dev
 OUT    ?= out/demo
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup gl demo test lint mini clean
@@ -29,15 +30,14 @@ gl: $(STAMP)  # a software OpenGL for the simulator's cameras, where the machine
 demo: $(STAMP) gl  ## Three generated worlds (text, image, video start); the last beside what MuJoCo did
 	$(BIN)/orrery demo -o $(OUT)
 
-test: $(TOOLS) lint gl  ## Everything CI checks: style, types, floors, tests
-	$(BIN)/python -m pytest
+test: $(TOOLS) lint gl  ## Everything CI checks: style, types, floors, tests (a process a core, one thread each)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(TOOLS)  ## Style, types, and the floors of the house
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-WORKERS    ?= $(shell nproc 2>/dev/null || echo 2)
 DROP_CLIPS ?= 4320
 PUSH_CLIPS ?= 2460
 SIM        := $(BIN)/orrery sim

@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,15 @@ MEMORY = {
 }
 
 
-class Watched(Networks):
-    """Networks that note, of each stage, its seconds and its memory."""
+CPU_SECONDS = " Seconds are CPU seconds of one thread: others used this machine too."
 
-    def __init__(self, *args: Any) -> None:
+
+class Watched(Networks):
+    """Networks that note, of each stage, its seconds (by `clock`) and its memory."""
+
+    def __init__(self, clock: Callable[[], float], *args: Any) -> None:
         super().__init__(*args)
-        self.stages: list[dict[str, Any]] = []
+        self.clock, self.stages = clock, []  # type: ignore[var-annotated]
 
     @contextmanager
     def use(self, name: str, placement: str = "resident", on_cpu: bool = False) -> Iterator[Any]:
@@ -99,7 +102,7 @@ class Watched(Networks):
         if stage is None:
             stage = "decode" if any(each["stage"] == "denoise" for each in self.stages) else "encode"
         with self.watch(stage) as row, super().use(name, placement, on_cpu) as network:
-            row["fetched"] = time.perf_counter() - row["began"]
+            row["fetched"] = self.clock() - row["began"]
             yield network
             synchronise()
 
@@ -107,14 +110,14 @@ class Watched(Networks):
     def watch(self, stage: str) -> Iterator[dict[str, Any]]:
         """Note seconds and memory of the block as a stage."""
         row: dict[str, Any] = {"stage": stage}
-        asked = time.perf_counter()
+        asked = self.clock()
         with watched_memory(self.device) as peak:
-            row["began"] = time.perf_counter()
+            row["began"] = self.clock()
             yield row
             synchronise()
-            row["seconds"] = time.perf_counter() - row.pop("began")
+            row["seconds"] = self.clock() - row.pop("began")
         row["peak"] = peak.whole
-        row["watching"] = time.perf_counter() - asked - row["seconds"]  # no part of generating
+        row["watching"] = self.clock() - asked - row["seconds"]  # no part of generating
         self.stages.append(row)
         print(f"{stage}: {row['seconds']:.3g} s, peak {peak.whole / 2**30:.3g} GiB", file=sys.stderr, flush=True)
 
@@ -147,8 +150,8 @@ def make_folder(folder: Path, preset: str, options: argparse.Namespace) -> None:
     print(f"random weights of {preset}", file=sys.stderr, flush=True)
     with torch.device("meta"):
         vae = VAE(config.vae)
-    fill(vae, draw_vae, options.device)
     torch.manual_seed(0)
+    fill(vae, draw_vae, options.device)
     parts: dict[str, tuple[nn.Module, torch.dtype]] = {
         "vae": (vae, torch.float32 if cpu(options) else torch.bfloat16),
         "text": (TextEncoder(text, tokenizer), dtype),
@@ -180,7 +183,9 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     files = find_model(options.model)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     vae_dtype = torch.float32 if cpu(options) else DTYPES[files.config.vae_dtype]
-    networks = Watched(files, device, dtype, vae_dtype)
+    # One thread's own time: the watch over the memory has another.
+    clock = time.thread_time if options.cpu_seconds else time.perf_counter
+    networks = Watched(clock, files, device, dtype, vae_dtype)
     with tempfile.TemporaryDirectory() as kept:
         world = World(networks, str(options.model), options.placement, kept if options.embeddings else None)
         with torch.device("meta"):  # imports what the text encoder needs: no part of loading
@@ -212,7 +217,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         "frames": request.frames,
         "fps": files.config.fps,
         "tflop": arithmetic(world, plan, request, evaluations),
-        "ceilings": {str(kind): matmul_ceiling(device, kind) for kind in {dtype, vae_dtype}},
+        "ceilings": {str(kind): matmul_ceiling(device, kind, clock=clock) for kind in {dtype, vae_dtype}},
         "dtypes": {"text": str(dtype), "denoise": str(dtype), "encode": str(vae_dtype), "decode": str(vae_dtype)},
         "text_encoder": dataclasses.asdict(files.config.text),
         "parameters": sum(weight.numel() for weight in _meta(DiT(files.config.transformer)).parameters()),
@@ -238,14 +243,14 @@ def one_run(world: World, request: Any) -> dict[str, Any]:
 
     def progress(done: int, steps: int) -> None:
         synchronise()
-        stamps.append(time.perf_counter())
+        stamps.append(networks.clock())
         nonlocal evaluations
         evaluations = steps
         print(f"step {done} of {steps}", file=sys.stderr, flush=True)
 
-    began = time.perf_counter()
+    began = networks.clock()
     video = world.run(request, progress)
-    whole = time.perf_counter() - began - sum(row["watching"] for row in networks.stages if row["stage"] != "load")
+    whole = networks.clock() - began - sum(row["watching"] for row in networks.stages if row["stage"] != "load")
     if (len(video), video.height, video.width) != (request.frames, *request.size):
         raise OrreryError(f"the video is {len(video)} frames of {video.height}x{video.width}")
     stages, networks.stages = networks.stages, []
@@ -320,7 +325,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         busy_line(result["load_average"]["before"], result["load_average"]["after"]),
         "",
-        f"{LEGEND} {MEMORY[where]}",
+        f"{LEGEND} {MEMORY[where]}" + CPU_SECONDS * result["options"]["cpu_seconds"],
     ]
     for preset, data in result["clips"].items():
         height, width = data["size"]
@@ -379,6 +384,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--embeddings", action="store_true", help="text embeddings are random and there before: no text stage"
     )
+    parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, on a CPU that others use too")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)  # measure this folder in this process, print JSON
     options = parser.parse_args(words)
@@ -387,6 +393,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
             setattr(options, name, value)
     for preset in options.preset:
         dit_config(preset)
+    if options.cpu_seconds:
+        if not cpu(options):
+            raise InputError(f"--cpu-seconds needs --device cpu, got {options.device}")
+        torch.set_num_threads(1)
     if (options.repeats or 1) < 1 or (options.steps or 1) < 1:
         raise InputError("--repeats and --steps must be at least 1")
     if options.frames is not None and (options.frames < 9 or options.frames % 4 != 1):
@@ -410,7 +420,7 @@ def clip(options: argparse.Namespace, preset: str) -> dict[str, Any]:
     words += ["--size", f"{own.size[0]}x{own.size[1]}"] if own.size else []
     for name in ("frames", "steps", "placement"):
         words += [f"--{name}", str(getattr(own, name))] if getattr(own, name) is not None else []
-    words += ["--embeddings"] * own.embeddings
+    words += ["--embeddings"] * own.embeddings + ["--cpu-seconds"] * own.cpu_seconds
     with tempfile.TemporaryDirectory(prefix="orrery-clip-") as folder:
         model = find_model("mini").folder if preset == "mini" else Path(folder)
         if preset != "mini":

@@ -21,15 +21,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import orrery
@@ -37,6 +39,7 @@ from orrery.errors import InputError
 from orrery.files import atomic_file
 from orrery.nn.dit import PRESETS, DiT, DiTConfig
 
+Clock = Callable[[], float]
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The 2B's architecture with 36M parameters: what two cores can run (specification of the base model, section 8).
@@ -173,13 +176,13 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def timed(function: Callable[[], Any]) -> float:
+def timed(function: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
     """Seconds of one call, the GPU's work included."""
     synchronise()
-    began = time.perf_counter()
+    began = clock()
     function()
     synchronise()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def paired(
@@ -188,6 +191,7 @@ def paired(
     warmup: int = 1,
     tolerated: float | None = None,
     report: Callable[[str], Any] = print,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of each function, interleaved: what disturbs the machine meets all of them alike.
 
@@ -196,6 +200,7 @@ def paired(
 
     tolerated: for a CPU that others use too, the share of it that they may take during a round. Noisier rounds are
         repeated, up to 4 * repeats rounds in all; the quietest are kept, and a line to `report` says how quiet.
+    clock: time.process_time with one thread is the way out on a CPU that is never quiet.
     """
     for function in functions.values():
         for _ in range(warmup):
@@ -205,7 +210,7 @@ def paired(
     while len(rounds) < most and sum(share <= (tolerated or 0) for share, _ in rounds) < repeats:
         noise, seconds = CPUNoise(), {}
         for name in list(functions)[:: -1 if len(rounds) % 2 else 1]:
-            seconds[name] = timed(functions[name])
+            seconds[name] = timed(functions[name], clock)
         rounds.append((noise.share() if tolerated is not None else 0.0, seconds))
     kept = sorted(rounds, key=lambda one: one[0])[:repeats]
     if tolerated is not None:
@@ -219,7 +224,7 @@ def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
 
 
-def _best(function: Callable[[], Any], calls: int, rounds: int) -> float:
+def _best(function: Callable[[], Any], calls: int, rounds: int, clock: Clock = time.perf_counter) -> float:
     """Seconds of one call in the best of `rounds` rounds of `calls` calls."""
 
     def several() -> None:
@@ -227,7 +232,7 @@ def _best(function: Callable[[], Any], calls: int, rounds: int) -> float:
             function()
 
     several()
-    return min(timed(several) for _ in range(rounds)) / calls
+    return min(timed(several, clock) for _ in range(rounds)) / calls
 
 
 def counted(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -246,7 +251,9 @@ def counted(function: Callable[[], Any]) -> tuple[float, Any]:
     return counter.get_total_flops() / 1e12, result
 
 
-def matmul_ceiling(device: str | torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+def matmul_ceiling(
+    device: str | torch.device, dtype: torch.dtype, size: int | None = None, clock: Clock = time.perf_counter
+) -> float:
     """TFLOP/s of the best run of a square matrix product: what this machine can do at most in `dtype`, here and now.
 
     size: side of the matrices (None = 8192 on a GPU, 2048 on a CPU). float32 uses what torch is set to (TF32 is off
@@ -256,10 +263,10 @@ def matmul_ceiling(device: str | torch.device, dtype: torch.dtype, size: int | N
     n = size or (8192 if gpu else 2048)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * n**3 / _best(lambda: torch.mm(a, b, out=out), 10 if gpu else 1, 5) / 1e12
+    return 2 * n**3 / _best(lambda: torch.mm(a, b, out=out), 10 if gpu else 1, 5, clock) / 1e12
 
 
-def copy_ceiling(device: str | torch.device, mebibytes: int | None = None) -> float:
+def copy_ceiling(device: str | torch.device, mebibytes: int | None = None, clock: Clock = time.perf_counter) -> float:
     """GB/s (bytes read plus bytes written) of the best run of copying a large array within the memory of `device`.
 
     mebibytes: size of the array (None = 2048 on a GPU, 256 on a CPU).
@@ -267,7 +274,7 @@ def copy_ceiling(device: str | torch.device, mebibytes: int | None = None) -> fl
     gpu = torch.device(device).type == "cuda"
     source = torch.ones((mebibytes or (2048 if gpu else 256)) * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _best(lambda: target.copy_(source), 10 if gpu else 2, 5) / 1e9
+    return 2 * source.numel() / _best(lambda: target.copy_(source), 10 if gpu else 2, 5, clock) / 1e9
 
 
 def status_kib(key: str) -> int:
@@ -294,6 +301,7 @@ def watched_memory(device: str | torch.device) -> Iterator[Peak]:
     gc.collect()
     peak = Peak()
     if torch.device(device).type == "cuda":
+        torch.cuda.init()
         synchronise()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -334,6 +342,36 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int:
     return peak.grown
 
 
+class _Positional(TorchFunctionMode):
+    """Attention with its arguments by position: the tracer looks for them there, and diffusers names them."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is nn.functional.scaled_dot_product_attention and not args:
+            args = tuple(kwargs.pop(key) for key in ("query", "key", "value"))
+        return function(*args, **kwargs)
+
+
+def traced_peak(run: Callable[[], Any]) -> int | None:
+    """Peak bytes of what `run` makes on the meta device; diffusers has its default attention meanwhile.
+
+    None, and a line, where orrery.world cannot be imported, for want of a package that only videos need.
+    """
+    try:
+        from orrery.world.memory import peak_bytes
+    except ImportError as problem:
+        print(f"traced memory is left out: {problem}", file=sys.stderr, flush=True)
+        return None
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    with nullcontext() if dispatch is None else dispatch.attention_backend("native"):
+
+        def positional() -> Any:
+            with _Positional():
+                return run()
+
+        return peak_bytes(positional)
+
+
 def in_child(arguments: list[str]) -> Any:
     """Run this script again in a process of its own with `arguments`; what its last line says, read as JSON.
 
@@ -353,7 +391,7 @@ def dit_config(name: str) -> DiTConfig:
     from orrery.weights import CATALOGUE, find_entry
 
     if name not in CATALOGUE:
-        raise InputError(f"preset is {name!r}; allowed are small, {', '.join([*PRESETS, *CATALOGUE])}")
+        raise InputError(f"preset is {name!r}; allowed are {', '.join(dict.fromkeys(['small', *PRESETS, *CATALOGUE]))}")
     entry = find_entry(name)
     return dataclasses.replace(PRESETS[entry.network], **entry.network_options)
 
@@ -382,6 +420,30 @@ def random_dit(config: DiTConfig, device: str | torch.device, dtype: torch.dtype
 
     fill(net, draw, device)
     return net
+
+
+def shared_with_diffusers(ours: DiT) -> nn.Module:
+    """diffusers' transformer whose weights are ours."""
+    from diffusers.models.transformers import transformer_cosmos
+    from diffusers.utils import logging
+
+    from orrery.weights.layouts import diffusers_transformer_key
+    from orrery.weights.pipeline_dir import transformer_json
+
+    logging.set_verbosity_error()
+    if not hasattr(transformer_cosmos, "transforms"):  # torchvision resizes the padding mask, and is not here
+
+        def resize(x: Tensor, size: list[int], interpolation: str) -> Tensor:
+            return nn.functional.interpolate(x, size=size, mode=interpolation)
+
+        functional, modes = SimpleNamespace(resize=resize), SimpleNamespace(NEAREST="nearest")
+        transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
+    words = {key: value for key, value in transformer_json(ours.config).items() if not key.startswith("_")}
+    with torch.device("meta"):
+        theirs = transformer_cosmos.CosmosTransformer3DModel(**words)
+    weights = {diffusers_transformer_key(name): value for name, value in ours.state_dict().items()}
+    theirs.load_state_dict(weights, strict=True, assign=True)
+    return theirs.eval().requires_grad_(False)
 
 
 def height_width(text: str) -> tuple[int, int]:

@@ -61,8 +61,9 @@ LEGEND = (
     "`file`: of the weights. `peak`: growth of the resident memory of a process at its highest (VmHWM less what was "
     "resident before), from before loading until every weight has been summed; mapped pages of the file count. `of "
     "file`: over the size of the file; `load_part` promises at most 1.1. `load`: until the network is there, median; "
-    "`first`: the same with the file not in the page cache. `+ read`: until every weight has been summed, median. The "
-    "files are read from the page cache but for `first`."
+    "`first`: the same with the file not in the page cache. `+ read`: until every weight has been summed, median. "
+    "`CPU`: the least processor time of that, which others on the machine hardly change. The files are read from the "
+    "page cache but for `first`; a mapped file is hardly read before its weights are."
 )
 
 
@@ -127,13 +128,14 @@ def measured(case: str, options: argparse.Namespace) -> dict[str, Any]:
     synchronise()
     reset = forget_peak()
     before = status_kib("VmRSS") if reset else status_kib("VmHWM")
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     net = load(case, options)
     synchronise()
     loaded = time.perf_counter() - began
     total = sum(summed(weight) for weight in net.parameters())
     read = time.perf_counter() - began
     return {
+        "cpu": time.process_time() - worked,
         "load": loaded,
         "read": read,
         "peak": (status_kib("VmHWM") - before) * 1024,
@@ -146,7 +148,7 @@ def measured(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def summed(weight: torch.Tensor) -> float:
     """The sum of a weight, piece by piece: a wider copy of all of it would count as memory of loading."""
-    return sum(piece.double().sum().item() for piece in weight.flatten().split(2**20))
+    return sum(piece.float().sum().item() for piece in weight.flatten().split(2**18))
 
 
 def forget_peak() -> bool:
@@ -193,6 +195,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "first": runs[0]["load"] if cold else None,
             "load": statistics.median(run["load"] for run in runs[1:]),
             "read": statistics.median(run["read"] for run in runs[1:]),
+            "cpu": min(run["cpu"] for run in runs),
             "runs": runs,
         }
     sums = {run["sum"] for row in rows.values() for run in row["runs"] if run["dtypes"] == ["bfloat16"]}
@@ -210,11 +213,16 @@ def markdown(result: dict[str, Any]) -> str:
         gpu = row["runs"][0]["gpu_peak"]
         rows.append(
             [f"load_part, {how}" if how in PATHS else how, "of the file" if dtype == "none" else dtype]
-            + [f"{row['file'] / 1e9:.2f}", f"{row['peak'] / 1e9:.2f}", f"{row['of_file']:.2f}"]
-            + [f"{row['load']:.2f}", "" if row["first"] is None else f"{row['first']:.2f}", f"{row['read']:.2f}"]
+            + [f"{row['file'] / 1e9:.2f}", f"{row['peak'] / 1e9:.2f}", f"{row['of_file']:.3f}"]
+            + [
+                f"{row['load']:.2f}",
+                "" if row["first"] is None else f"{row['first']:.2f}",
+                f"{row['read']:.2f}",
+                f"{row['cpu']:.2f}",
+            ]
             + ([] if gpu is None else [f"{gpu / 1e9:.2f}"])
         )
-    heads = ["", "dtype", "file GB", "peak GB", "of file", "load s", "first s", "+ read s"]
+    heads = ["", "dtype", "file GB", "peak GB", "of file", "load s", "first s", "+ read s", "CPU s"]
     heads += ["GPU GB"] if any(row["runs"][0]["gpu_peak"] is not None for row in result["rows"].values()) else []
     lines = [
         f"# Loading a transformer on {result['device']}",

@@ -16,9 +16,9 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,24 +41,27 @@ from common import (
     provenance,
     random_dit,
     ratio,
+    shared_with_diffusers,
     slug,
     table,
+    traced_peak,
     write_results,
 )
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from orrery.errors import InputError, OrreryError, one_line
 from orrery.nn.dit import Conditions, DiT, DiTConfig
 from orrery.nn.rope import cached_rope_table
 
+TIMES = {"per-frame": "a time for each latent frame", "shared": "one time for all frames"}
+_LARGE = {"preset": "2b", "size": (704, 1280), "frames": 93, "dtype": "bfloat16", "repeats": 3}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"preset": "small", "size": (192, 320), "frames": 17, "dtype": "float32", "repeats": 5},
-    "cuda": {"preset": "2b", "size": (704, 1280), "frames": 93, "dtype": "bfloat16", "repeats": 3},
+    "cpu": {"preset": "small", "size": (192, 320), "frames": 17, "dtype": "float32", "repeats": 5, "times": [*TIMES]},
+    "cuda": _LARGE | {"times": ["per-frame"]},
+    "meta": _LARGE | {"times": [*TIMES]},
 }
 OURS, CACHED, THEIRS = "ours", "ours, text cached", "diffusers"
-TIMES = {"per-frame": "a time for each latent frame", "shared": "one time for all frames"}
 GIVEN = 2  # latent frames that are given, as in Video2World
 TRIAL_BLOCKS = 2
 REFERENCE_FRAMES = 17  # of the comparison with float32
@@ -86,21 +89,16 @@ COUNTED = (
     "need."
 )
 MEASURED = (
-    "`s`: median of the runs. `speed`: diffusers' time over this time, median over interleaved pairs. `of ceiling`: "
-    "TFLOP/s over those of the best square matrix product in the same run and dtype. `peak`: as `traced`, measured. "
-    "`max`, `relative`: largest difference from diffusers' output, and root mean square of the difference over that of "
-    "the output."
+    "`s`: median of the runs; `best`: the shortest, of which are the rates. `speed`: diffusers' time over this time, "
+    "median over interleaved pairs. `of ceiling`: TFLOP/s over those of the best square matrix product in the same "
+    "run and dtype. `peak`: as `traced`, measured. `max`, `relative`: largest difference from diffusers' output, and "
+    "root mean square of the difference over that of the output."
 )
 MEMORY = {
     "cpu": "Memory is the growth of resident memory in a process of its own, one run, looked at every millisecond.",
     "cuda": "Memory is torch.cuda.max_memory_allocated less what was allocated before.",
 }
 Contenders = dict[str, Callable[[], Tensor]]
-
-
-def kind(options: argparse.Namespace) -> str:
-    """ "cpu", "cuda" or "meta"."""
-    return torch.device(options.device).type
 
 
 def latent_size(options: argparse.Namespace, frames: int | None = None) -> tuple[int, int, int]:
@@ -117,36 +115,12 @@ def configured(options: argparse.Namespace) -> DiTConfig:
 def build(options: argparse.Namespace, theirs: bool) -> tuple[DiT, Any]:
     """Our DiT and diffusers' (None unless `theirs`); the weights are in memory once."""
     config, dtype = configured(options), DTYPES[options.dtype]
-    if kind(options) == "meta":
+    if options.kind == "meta":
         with torch.device("meta"):
             ours = DiT(config).to(dtype).eval().requires_grad_(False)
     else:
         ours = random_dit(config, options.device, dtype)
     return ours, shared_with_diffusers(ours) if theirs else None
-
-
-def shared_with_diffusers(ours: DiT) -> nn.Module:
-    """diffusers' transformer whose weights are ours."""
-    from diffusers.models.transformers import transformer_cosmos
-    from diffusers.utils import logging
-
-    from orrery.weights.layouts import diffusers_transformer_key
-    from orrery.weights.pipeline_dir import transformer_json
-
-    logging.set_verbosity_error()
-    if not hasattr(transformer_cosmos, "transforms"):  # torchvision resizes the padding mask, and is not here
-
-        def resize(x: Tensor, size: list[int], interpolation: str) -> Tensor:
-            return nn.functional.interpolate(x, size=size, mode=interpolation)
-
-        functional, modes = SimpleNamespace(resize=resize), SimpleNamespace(NEAREST="nearest")
-        transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
-    words = {key: value for key, value in transformer_json(ours.config).items() if not key.startswith("_")}
-    with torch.device("meta"):
-        theirs = transformer_cosmos.CosmosTransformer3DModel(**words)
-    weights = {diffusers_transformer_key(name): value for name, value in ours.state_dict().items()}
-    theirs.load_state_dict(weights, strict=True, assign=True)
-    return theirs.eval().requires_grad_(False)
 
 
 def inputs(
@@ -214,41 +188,12 @@ def formula(config: DiTConfig, options: argparse.Namespace, times: str, batch: i
 
 def traced(options: argparse.Namespace, times: str, batch: int, name: str) -> int | None:
     """Peak bytes beyond weights and inputs, counted on meta; None where orrery.world cannot be imported."""
-    try:
-        from orrery.world.memory import peak_bytes
-    except ImportError as problem:  # of a package that only videos need
-        print(f"traced memory is left out: {one_line(problem)}", file=sys.stderr, flush=True)
-        return None
-    on_meta = argparse.Namespace(**vars(options) | {"device": "meta"})
+    on_meta = argparse.Namespace(**vars(options) | {"device": "meta", "kind": "meta"})
     ours, theirs = build(on_meta, theirs=name == THEIRS)
     with torch.device("meta"):
-        function = contenders(ours, theirs, on_meta, times, batch)[name]
+        run = contenders(ours, theirs, on_meta, times, batch)[name]
         cached_rope_table.cache_clear()
-
-        def run() -> Tensor:
-            with by_default(theirs), Positional():
-                return function()
-
-        return peak_bytes(run)
-
-
-class Positional(TorchFunctionMode):
-    """Attention with its arguments by position: the tracer looks for them there, and diffusers names them."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if function is nn.functional.scaled_dot_product_attention and not args:
-            args = tuple(kwargs.pop(key) for key in ("query", "key", "value"))
-        return function(*args, **kwargs)
-
-
-def by_default(theirs: Any) -> contextlib.AbstractContextManager:
-    """diffusers with the attention that it has unless told otherwise."""
-    if theirs is None:
-        return contextlib.nullcontext()
-    from diffusers.models.attention_dispatch import attention_backend
-
-    return attention_backend("native")
+        return traced_peak(run)
 
 
 def memory_of(case: str, options: argparse.Namespace) -> int:
@@ -264,7 +209,7 @@ def memory_of(case: str, options: argparse.Namespace) -> int:
 
 def memory(case: str, run: Callable[[], Any], options: argparse.Namespace, attention: str) -> int:
     """Peak bytes of `run`; on a CPU in a new process, where no earlier run has left memory to fill again."""
-    if kind(options) == "cuda":
+    if options.kind == "cuda":
         cached_rope_table.cache_clear()  # diffusers makes its table anew each time: ours counts too
         return peak_memory(run, options.device)
     return in_child([*options.words, "--memory", case, "--attention", attention])
@@ -281,7 +226,7 @@ def first_blocks(network: nn.Module, name: str) -> Iterator[None]:
         setattr(network, name, blocks)
 
 
-def tried(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+def tried(functions: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of each, or in a line why it does not run."""
     results: dict[str, Any] = {}
     for name, function in functions.items():
@@ -290,7 +235,7 @@ def tried(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, An
         except Exception as problem:  # whatever a kernel or a missing package raises
             results[name] = one_line(problem)[:70] or type(problem).__name__
     fitting = {name: function for name, function in functions.items() if name not in results}
-    seconds = paired(fitting, max(3, repeats))
+    seconds = paired(fitting, max(3, options.repeats), clock=options.clock)
     return {name: results.get(name) or statistics.median(seconds[name]) for name in functions}
 
 
@@ -308,7 +253,7 @@ def try_kernels(ours: DiT, theirs: Any, options: argparse.Namespace, times: str)
 
     backends = {name: with_kernel(getattr(SDPBackend, name)) for name in OUR_KERNELS}
     with first_blocks(ours, "blocks"):
-        found[OURS] = tried({"default": runs[OURS]} | backends, options.repeats)
+        found[OURS] = tried({"default": runs[OURS]} | backends, options)
     if theirs is None:
         return found
 
@@ -320,7 +265,7 @@ def try_kernels(ours: DiT, theirs: Any, options: argparse.Namespace, times: str)
         return run
 
     with first_blocks(theirs, "transformer_blocks"):
-        found[THEIRS] = tried({name: with_backend(name) for name in (*EXACT, *ROUNDED)}, options.repeats)
+        found[THEIRS] = tried({name: with_backend(name) for name in (*EXACT, *ROUNDED)}, options)
     theirs.set_attention_backend(fastest(found[THEIRS], EXACT))
     return found
 
@@ -328,6 +273,8 @@ def try_kernels(ours: DiT, theirs: Any, options: argparse.Namespace, times: str)
 def fastest(seconds: dict[str, Any], allowed: tuple[str, ...]) -> str:
     """The first of the names, which is the default; another where it is faster by more than the noise (3 %)."""
     fitting = [name for name in allowed if isinstance(seconds.get(name), float)]
+    if not fitting:
+        raise OrreryError(f"no attention kernel runs: {seconds}; take a smaller --size or --frames")
     best = min(fitting, key=lambda name: seconds[name])
     return best if best not in allowed[:1] and seconds[best] < 0.97 * seconds[fitting[0]] else fitting[0]
 
@@ -343,7 +290,6 @@ def to_float32(ours: DiT, theirs: Any, options: argparse.Namespace, times: str) 
     frames = min(options.frames, REFERENCE_FRAMES)
     runs = contenders(ours, theirs, options, times, 1, frames)
     outputs = {name: runs[name]().float() for name in (OURS, THEIRS) if name in runs}
-
     try:
         wide = copy.deepcopy(ours).float()
         latents, moments, text, mask = inputs(ours.config, options, times, 1, frames)
@@ -357,8 +303,9 @@ def to_float32(ours: DiT, theirs: Any, options: argparse.Namespace, times: str) 
 
 def group(
     ours: DiT, theirs: Any, options: argparse.Namespace, times: str, batch: int, kernels: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """The rows of one table: all contenders with one kind of times and one batch."""
+) -> dict[str, Any]:
+    """One table: all contenders with one kind of times and one batch."""
+    print(f"{times} times, batch of {batch}", file=sys.stderr, flush=True)
     functions = contenders(ours, theirs, options, times, batch)
     names = dict.fromkeys(functions)
     best = fastest(kernels[OURS], ("default", *OUR_KERNELS))
@@ -378,11 +325,16 @@ def group(
         except torch.OutOfMemoryError:
             print(f"{name}, batch of {batch}: does not fit into this GPU's memory and is left out", flush=True)
             torch.cuda.empty_cache()
-    seconds = paired({name: functions[name] for name in work}, options.repeats, warmup=0)
+    fitting = {name: functions[name] for name in work}
+    quiet = 0.1 if options.kind == "cpu" and not options.cpu_seconds else None
+    notes: list[str] = []
+    seconds = paired(fitting, options.repeats, 0, quiet, notes.append, options.clock)
     rows: dict[str, dict[str, Any]] = {}
     for name in work:
         median = statistics.median(seconds[name])
-        row = {"seconds": seconds[name], "median": median, "tflop": work[name], "tflops": work[name] / median}
+        best_run = min(seconds[name])
+        row = {"seconds": seconds[name], "median": median, "best": best_run}
+        row |= {"tflop": work[name], "tflops": work[name] / best_run}
         row["formula"] = formula(ours.config, options, times, batch, name if name in names else CACHED)
         if THEIRS in work:
             row["speed"] = ratio(seconds, THEIRS, name)
@@ -392,14 +344,14 @@ def group(
             row["peak"] = memory(f"{times}/{batch}/{name}", functions[name], options, attention)
             row["traced"] = traced(options, times, batch, name)
         rows[name] = row
-    return rows
+    return {"times": times, "batch": batch, "rows": rows, "notes": notes}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every number on a CPU or a GPU."""
     ours, theirs = build(options, options.diffusers)
     dtype = DTYPES[options.dtype]
-    ceilings = [matmul_ceiling(options.device, dtype)]
+    ceilings = [matmul_ceiling(options.device, dtype, clock=options.clock)]
     print("attention kernels", file=sys.stderr, flush=True)
     kernels = try_kernels(ours, theirs, options, options.times[0])
     result: dict[str, Any] = {"kernels": kernels, "groups": [], "to_float32": {}}
@@ -407,12 +359,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["diffusers_attention"] = fastest(kernels[THEIRS], EXACT)
     for times in options.times:
         for batch in options.batch:
-            print(f"{times} times, batch of {batch}", file=sys.stderr, flush=True)
-            rows = group(ours, theirs, options, times, batch, kernels)
-            result["groups"].append({"times": times, "batch": batch, "rows": rows})
+            result["groups"].append(group(ours, theirs, options, times, batch, kernels))
     if options.dtype != "float32":
         result["to_float32"] = to_float32(ours, theirs, options, options.times[0])
-    ceilings.append(matmul_ceiling(options.device, dtype))
+    ceilings.append(matmul_ceiling(options.device, dtype, clock=options.clock))
     result |= {"matmul_tflops": max(ceilings), "copy_gbs": copy_ceiling(options.device)}
     for each in result["groups"]:
         for row in each["rows"].values():
@@ -482,11 +432,13 @@ def markdown(result: dict[str, Any]) -> str:
         if "diffusers_attention" in result:
             lines[-1] += f" diffusers runs with its attention `{result['diffusers_attention']}`."
         lines += ["", busy_line(result["load_average"]["before"], result["load_average"]["after"])]
+        lines[-1] += " Seconds are CPU seconds of one thread: others used this machine too." * about["cpu_seconds"]
     where = torch.device(about["device"]).type
     lines += ["", COUNTED if where == "meta" else f"{MEASURED} {COUNTED} {MEMORY[where]}"]
     for each in result["groups"]:
         title = "One forward" if each["batch"] == 1 else f"A batch of {each['batch']}, as guidance asks for"
         lines += ["", f"## {title}: {TIMES[each['times']]}", "", *_rows(each["rows"], result["device"] == "meta")]
+        lines += [line for note in each.get("notes", []) for line in ("", f"Of {note}.")]
     worst = max(abs(r["tflop"] / r["formula"] - 1) for each in result["groups"] for r in each["rows"].values())
     lines += ["", f"The counts differ from the formula of the shapes by at most {worst:.1e} of themselves."]
     if result.get("plans"):
@@ -494,12 +446,16 @@ def markdown(result: dict[str, Any]) -> str:
         lines += table(["GiB", "plan"], [[f"{size}", plan] for size, plan in result["plans"].items()])
     if result.get("kernels"):
         lines += ["", "## Attention kernels", "", f"Seconds of a forward with {TRIAL_BLOCKS} blocks, median.", ""]
-        rows = []
+        rows, failed = [], []
         for who, found in result["kernels"].items():
             for name, value in found.items():
-                said = f"{value:.4g}" if isinstance(value, float) else f"does not run: {value.replace('|', '/')}"
-                rows.append([who, f"`{name}`" + (" (8 bits)" if name in ROUNDED else ""), said])
+                label = f"`{name}`" + (" (8 bits)" if name in ROUNDED else "")
+                if isinstance(value, float):
+                    rows.append([who, label, f"{value:.4g}"])
+                else:
+                    failed.append(f"{who} {label}")
         lines += table(["", "attention", "s"], rows)
+        lines += ["", f"Do not run here (the JSON says why): {', '.join(failed)}."] * bool(failed)
     if found := result.get("to_float32"):
         lines += ["", "## To float32", ""]
         lines += [f"Outputs against ours in float32 with the same weights, first {found['frames']} frames.", ""]
@@ -516,12 +472,12 @@ def _rows(rows: dict[str, dict[str, Any]], meta: bool) -> list[str]:
             [name, f"{row['tflop']:,.1f}", f"{row['formula']:,.1f}", gib(row["traced"])] for name, row in rows.items()
         ]
         return table(["", "TFLOP", "formula", "traced GiB"], cells)
-    heads = ["", "s", "speed", "TFLOP", "TFLOP/s", "of ceiling", "peak GiB", "traced GiB", "max", "relative"]
+    heads = ["", "s", "best", "speed", "TFLOP", "TFLOP/s", "of ceiling", "peak GiB", "traced GiB", "max", "relative"]
     cells = []
     for name, row in rows.items():
         apart = row.get("difference", {})
         cells.append(
-            [name, f"{row['median']:.3g}", f"{row['speed']:.2f}x" if "speed" in row else ""]
+            [name, f"{row['median']:.3g}", f"{row['best']:.3g}", f"{row['speed']:.2f}x" if "speed" in row else ""]
             + [f"{row['tflop']:.4g}", f"{row['tflops']:.3g}", f"{row['of_ceiling']:.0%}"]
             + [gib(row.get("peak")), gib(row.get("traced"))]
             + [f"{apart[key]:.1e}" if apart and name != THEIRS else "" for key in ("max", "relative")]
@@ -540,9 +496,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, else bfloat16")
     parser.add_argument("--repeats", type=int, help="5 on a CPU, else 3")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2], help="batches; 2 is guidance (default: 1 2)")
-    parser.add_argument("--per-frame-times", dest="times", action="append_const", const="per-frame")
-    parser.add_argument("--shared-times", dest="times", action="append_const", const="shared", help="default: both")
+    for times, what in TIMES.items():
+        default = "" if times == "shared" else "; the default on a GPU, both elsewhere"
+        parser.add_argument(f"--{times}-times", dest="times", action="append_const", const=times, help=what + default)
     parser.add_argument("--no-diffusers", dest="diffusers", action="store_false")
+    parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, on a CPU that others use too")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # print the peak memory of one case and stop
     parser.add_argument("--attention", default=EXACT[0], help=argparse.SUPPRESS)  # of diffusers, in that case
@@ -550,17 +508,22 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if options.preset == "14b" and options.device == "cpu":
         print("14b on a CPU: on the meta device (arithmetic, memory, plan)", file=sys.stderr)
         options.device = "meta"
-    for name, value in DEFAULTS["cpu" if kind(options) == "cpu" else "cuda"].items():
+    options.kind = torch.device(options.device).type
+    for name, value in DEFAULTS[options.kind].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.length = options.length or (40 if options.preset == "mini" else 512)
-    options.times = options.times or list(TIMES)
     if options.frames < 5 or options.frames % 4 != 1:
         raise InputError(f"--frames must be 4k + 1 and at least 5, got {options.frames}")
     if min(options.size) < 16 or options.size[0] % 16 or options.size[1] % 16:
         raise InputError(f"--size must be positive multiples of 16, got {options.size[0]}x{options.size[1]}")
     if min(options.repeats, options.length, *options.batch) < 1:
         raise InputError("--repeats, --length and --batch must be at least 1")
+    if options.cpu_seconds:
+        if options.kind != "cpu":
+            raise InputError(f"--cpu-seconds needs --device cpu, got {options.device}")
+        torch.set_num_threads(1)
+    options.clock = time.process_time if options.cpu_seconds else time.perf_counter
     options.words = words
     return options
 
@@ -575,18 +538,21 @@ def main() -> int:
     options.diffusers = options.diffusers and installed("diffusers")
     made = provenance(*["diffusers"] * options.diffusers)
     before = load_average()
-    meta = kind(options) == "meta"
+    meta = options.kind == "meta"
     result = count(options) if meta else measure(options)
+    hidden = ("memory", "attention", "words", "results", "kind", "clock")
     result |= {
         "made": made,
         "load_average": {"before": before, "after": load_average()},
         "device": "meta" if meta else device_name(options.device),
         "latents": latent_size(options),
         "tokens": math.prod(n // p for n, p in zip(latent_size(options), configured(options).patch, strict=True)),
-        "options": {k: v for k, v in vars(options).items() if k not in ("memory", "attention", "words", "results")},
+        "options": {k: v for k, v in vars(options).items() if k not in hidden},
     }
-    usual = not meta and options.preset == DEFAULTS[kind(options)]["preset"]
-    name = f"transformer_{slug(result['device'])}" + ("" if usual else f"_{slug(options.preset)}")
+    usual = DEFAULTS[options.kind]
+    name = f"transformer_{slug(result['device'])}"
+    name += f"_{slug(options.preset)}" if meta or options.preset != usual["preset"] else ""
+    name += f"_{'-'.join(options.times)}" if options.times != usual["times"] else ""
     page = markdown(result)
     print(page, *write_results(name, result, page, options.results), sep="\n")
     return 0

@@ -14,6 +14,7 @@ import math
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every number of the Wan 2.1 VAE."""
     ours, theirs = build(options)
     dtype = DTYPES[options.dtype]
-    ceilings = [matmul_ceiling(options.device, dtype)]
+    clock = time.process_time if options.cpu_seconds else time.perf_counter
+    ceilings = [matmul_ceiling(options.device, dtype, clock=clock)]
     result: dict[str, Any] = {"encode": {}, "decode": {}, "seams": {}, "notes": []}
     groups = contenders(ours, theirs, options)
     exact = reference(ours, options) if options.dtype != "float32" else {}
@@ -217,10 +219,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 raise OrreryError(f"{task}: {needed} does not fit; take a smaller --size than {options.size}")
         outputs = comparable(task, outputs, ours)
         fitting = {name: functions[name] for name in work}
-        quiet = 0.1 if torch.device(options.device).type == "cpu" else None
+        quiet = 0.1 if options.device == "cpu" and not options.cpu_seconds else None
         # Counting was the warm-up.
         notes: list[str] = []
-        seconds = paired(fitting, options.repeats, warmup=0, tolerated=quiet, report=notes.append)
+        seconds = paired(fitting, options.repeats, warmup=0, tolerated=quiet, report=notes.append, clock=clock)
         for name in fitting:
             median = statistics.median(seconds[name])
             row = {"seconds": seconds[name], "median": median, "tflop": work[name], "tflops": work[name] / median}
@@ -236,8 +238,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             apart = apart if task == "encode" else comparable(task, apart, ours)
             result["seams"][task]["0"] = error(apart[TILED], outputs[STREAMED])
     result["streams"] = {case: memory(case, function, options) for case, function in streams(ours, options).items()}
-    ceilings.append(matmul_ceiling(options.device, dtype))
-    result |= {"matmul_tflops": max(ceilings), "copy_gbs": copy_ceiling(options.device)}
+    ceilings.append(matmul_ceiling(options.device, dtype, clock=clock))
+    result |= {"matmul_tflops": max(ceilings), "copy_gbs": copy_ceiling(options.device, clock=clock)}
     for task in groups:
         for row in result[task].values():
             row["of_ceiling"] = row["tflops"] / result["matmul_tflops"]
@@ -290,6 +292,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{about['dtype']}; {about['repeats']} interleaved runs; tiles of {tile} latents, overlap {about['overlap']}. "
         f"This machine multiplies matrices at {result['matmul_tflops']:.3g} TFLOP/s and copies at "
         f"{result['copy_gbs']:.3g} GB/s. {LEGEND} {result['memory_is']}",
+        *["\nSeconds are CPU seconds of one thread: others used this machine too."] * about["cpu_seconds"],
         *(f"\nRounds: {note}." for note in result["notes"]),
     ]
     for task in ("encode", "decode"):
@@ -343,6 +346,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tile", type=pair_of, help="latents, HxW: 6x8 on a CPU, else 48x48")
     parser.add_argument("--overlap", type=int, help="latents: 4 on a CPU, else 8")
+    parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, on a CPU that others use too")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # print the peak memory of one case and stop
     options = parser.parse_args(words)
     for name, value in DEFAULTS["cpu" if torch.device(options.device).type == "cpu" else "cuda"].items():
@@ -356,6 +360,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
         raise InputError(f"--size must be positive multiples of 8, got {options.size[0]}x{options.size[1]}")
     if not 0 <= options.overlap < min(options.tile):
         raise InputError(f"--overlap must be 0 to {min(options.tile) - 1} for this --tile, got {options.overlap}")
+    if options.cpu_seconds:
+        if options.device != "cpu":
+            raise InputError(f"--cpu-seconds needs --device cpu, got {options.device}")
+        torch.set_num_threads(1)
     options.words = words
     return options
 

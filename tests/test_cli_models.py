@@ -201,3 +201,23 @@ def test_convert_there_and_back(tiny_folder: Path, tmp_path: Path, capsys: pytes
     assert "the format is 'gguf'; allowed are orrery, diffusers, official" in last_line(capsys)
     assert call("convert", "nope", tmp_path / "x") == 2
     assert "unknown model 'nope'" in last_line(capsys)
+
+
+def test_batch_loads_the_text_encoder_once_where_networks_take_turns(
+    jobs: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import orrery.world.networks as networks
+
+    loaded: list[str] = []
+    load = networks.load_part
+    monkeypatch.setattr(
+        networks, "load_part", lambda files, name, *more: (loaded.append(name), load(files, name, *more))[1]
+    )
+    resident = tmp_path / "resident"
+    assert call("batch", jobs, "-o", resident, "--model", tiny_folder) == 0
+    assert sorted(loaded) == ["text", "transformer", "vae"]
+    loaded.clear()
+    assert call("batch", jobs, "-o", tmp_path / "turns", "--model", tiny_folder, "--placement", "stages") == 0
+    assert loaded.count("text") == 1 and loaded.count("transformer") == 2
+    for name in ("words.mp4", "video.mp4"):
+        assert (tmp_path / "turns" / name).read_bytes() == (resident / name).read_bytes()

@@ -59,6 +59,8 @@ def test_distilled_schedule_is_the_published_four_steps():
     schedule = distilled_schedule()
     assert schedule.sigmas.tolist() == pytest.approx([1, 15 / 16, 5 / 6, 5 / 8, 0], abs=1e-7)
     assert schedule.timesteps.tolist() == pytest.approx([1000, 937.5, 2500 / 3, 625])
+    assert distilled_schedule(2).sigmas.tolist() == pytest.approx([1, 15 / 16, 0], abs=1e-7)  # the first of the four
+    assert distilled_schedule(5).sigmas.tolist() == pytest.approx([1, 20 / 21, 15 / 17, 10 / 13, 5 / 9, 0], abs=1e-7)
     assert distilled_schedule(4, exact_times=False).timesteps.tolist() == [1000, 937, 833, 625]
 
 

@@ -57,6 +57,14 @@ def test_weights_sum_to_one(factor):
                 torch.testing.assert_close(total, torch.ones_like(total), atol=3e-7, rtol=0)  # three roundings to float
 
 
+def test_the_edges_of_tiles_count_for_nothing_where_others_overlap():
+    for length, tile, overlap in ((20, 8, 2), (20, 8, 6), (30, 5, 4), (17, 3, 1)):
+        weights = vae_tiling._weights(vae_tiling._spans(length, tile, overlap), 8)
+        assert all(weight[0] == 0 for weight in weights[1:]) and all(weight[-1] == 0 for weight in weights[:-1])
+        middle = weights[len(weights) // 2]
+        torch.testing.assert_close(middle, middle.flip(0))  # both sides are treated alike
+
+
 def test_parts_cover_and_overlap():
     for length in range(1, 40):
         for tile in range(1, 12):

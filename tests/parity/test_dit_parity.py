@@ -8,38 +8,10 @@ import torch
 transformer_cosmos = pytest.importorskip("diffusers.models.transformers.transformer_cosmos")
 
 from orrery.nn.dit import Conditions, DiT, DiTConfig  # noqa: E402
+from orrery.weights.layouts import diffusers_transformer_key  # noqa: E402
 
 CONFIG = DiTConfig(width=256, depth=2, heads=2, adaln_rank=32, text_dim=96, context_dim=64)
 TOLERANCE = 5e-5
-
-RENAMED = (
-    ("x_embedder.proj.1", "patch_embed.proj"),
-    ("t_embedder.1", "time_embed.t_embedder"),
-    ("t_embedding_norm", "time_embed.norm"),
-    ("final_layer.adaln_modulation.1", "norm_out.linear_1"),
-    ("final_layer.adaln_modulation.2", "norm_out.linear_2"),
-    ("final_layer.linear", "proj_out"),
-    ("adaln_modulation_self_attn.", "norm1.linear_"),
-    ("adaln_modulation_cross_attn.", "norm2.linear_"),
-    ("adaln_modulation_mlp.", "norm3.linear_"),
-    ("self_attn", "attn1"),
-    ("cross_attn", "attn2"),
-    ("q_proj", "to_q"),
-    ("k_proj", "to_k"),
-    ("v_proj", "to_v"),
-    ("output_proj", "to_out.0"),
-    ("q_norm", "norm_q"),
-    ("k_norm", "norm_k"),
-    ("mlp.layer1", "ff.net.0.proj"),
-    ("mlp.layer2", "ff.net.2"),
-)
-
-
-def diffusers_name(name: str) -> str:
-    for ours, theirs in RENAMED:
-        name = name.replace(ours, theirs)
-    return f"transformer_{name}" if name.startswith("blocks.") else name
-
 
 def nearest_resize(x, size, interpolation):
     assert interpolation == "nearest"
@@ -83,7 +55,7 @@ def pair(config: DiTConfig) -> tuple[DiT, torch.nn.Module]:
         crossattn_proj_in_channels=config.text_dim,
         encoder_hidden_states_channels=config.context_dim,
     ).eval()
-    oracle.load_state_dict({diffusers_name(k): v for k, v in ours.state_dict().items()}, strict=True)
+    oracle.load_state_dict({diffusers_transformer_key(k): v for k, v in ours.state_dict().items()}, strict=True)
     return ours, oracle
 
 

@@ -1,52 +1,16 @@
 """The VAE against diffusers' AutoencoderKLWan: random weights, small widths, Wan 2.1 and Wan 2.2 layouts."""
 
-import re
-
 import pytest
 import torch
 
 from orrery.nn.vae import PRESETS, VAE, VAEConfig
+from orrery.weights.layouts import diffusers_vae_key
 
 diffusers = pytest.importorskip("diffusers")
 
 WAN21 = VAEConfig(base=8, latent_channels=4)
 WAN22 = VAEConfig(base=8, decoder_base=16, latent_channels=6, patch=2, shortcuts=True)
 CONFIGS = pytest.mark.parametrize("config", [WAN21, WAN22], ids=["wan2.1", "wan2.2"])
-
-RENAMES = [
-    (r"^conv1\.", "quant_conv."),
-    (r"^conv2\.", "post_quant_conv."),
-    (r"coder\.conv1\.", "coder.conv_in."),
-    (r"\.head\.0\.", ".norm_out."),
-    (r"\.head\.2\.", ".conv_out."),
-    (r"\.middle\.0\.", ".mid_block.resnets.0."),
-    (r"\.middle\.1\.", ".mid_block.attentions.0."),
-    (r"\.middle\.2\.", ".mid_block.resnets.1."),
-    (r"\.residual\.0\.", ".norm1."),
-    (r"\.residual\.2\.", ".conv1."),
-    (r"\.residual\.3\.", ".norm2."),
-    (r"\.residual\.6\.", ".conv2."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-]
-
-
-def diffusers_name(name: str, config: VAEConfig) -> str:
-    """The name in diffusers of one of our parameters (which carry the names of the published .pth files)."""
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    resampler = "resample" in name or "time_conv" in name
-    if config.shortcuts:
-        inner = "{}" if not resampler else "{}sampler"
-        name = re.sub(r"(down|up)(samples\.)(\d+)\.\1samples\.(\d+)\.", r"\1_blocks.\3.@\4.", name)
-        kind = inner.format("down" if "encoder" in name else "up")
-        return re.sub(r"@(\d+)\.", f"{kind}." if resampler else r"resnets.\1.", name)
-    name = name.replace("encoder.downsamples.", "encoder.down_blocks.")
-    match = re.match(r"decoder\.upsamples\.(\d+)\.(.*)", name)
-    if not match:
-        return name
-    level, place = divmod(int(match[1]), config.res_blocks + 2)
-    return f"decoder.up_blocks.{level}.{'upsamplers.0' if resampler else f'resnets.{place}'}.{match[2]}"
-
 
 def pair(config: VAEConfig) -> tuple[VAE, torch.nn.Module]:
     """Our VAE and theirs with the same random weights; the load is strict on both sides."""
@@ -68,7 +32,7 @@ def pair(config: VAEConfig) -> tuple[VAE, torch.nn.Module]:
         torch.nn.init.normal_(parameter, mean=1.0 if "gamma" in name else 0.0, std=spread)
     weights = theirs.state_dict()
     ours = VAE(config).eval()
-    names = {name: diffusers_name(name, config) for name in ours.state_dict()}
+    names = {name: diffusers_vae_key(name, config) for name in ours.state_dict()}
     assert sorted(names.values()) == sorted(weights)
     ours.load_state_dict({name: weights[other] for name, other in names.items()})
     return ours, theirs
@@ -128,7 +92,7 @@ def test_published_sizes(preset):
     with torch.device("meta"):
         ours, theirs = VAE(config), diffusers.AutoencoderKLWan(**options)
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
-    assert {diffusers_name(name, config): tensor.shape for name, tensor in ours.state_dict().items()} == shapes
+    assert {diffusers_vae_key(name, config): tensor.shape for name, tensor in ours.state_dict().items()} == shapes
     if preset == "wan2.1":
         assert config.latent_mean == tuple(theirs.config.latents_mean)
         assert config.latent_std == tuple(theirs.config.latents_std)

@@ -112,8 +112,7 @@ def test_peaks_move_as_they_should() -> None:
         assert 2.5 < getattr(full, peak) / getattr(small, peak) < 4  # a quarter of the tokens, and the same texts
         assert 1.6 < getattr(full, peak) / getattr(short, peak) < 2
     assert full.vae_peak == short.vae_peak  # streamed
-    assert full.tile_peak == pytest.approx(small.tile_peak, rel=0.05)  # one tile is one tile
-    assert full.tile_peak < 0.1 * full.vae_peak
+    assert small.tile_peak <= full.tile_peak == short.tile_peak < 0.25 * full.vae_peak
     assert float32.transformer == 2 * full.transformer and float32.vae_peak > 1.9 * full.vae_peak
     assert single.batch_peak == single.transformer_peak < full.transformer_peak
 
@@ -198,7 +197,7 @@ def test_margins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_any_needs_and_any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is promised holds for whatever numbers: monotone, exact when larger, fitting when said so, first that fits."""
+    """Whatever the numbers: more memory is never worse, what fits does, and nothing better would have fitted."""
     draw = random.Random(0)
     for _ in range(300):
         sizes = {field.name: draw.randrange(1, 1000) for field in dataclasses.fields(Needs)}

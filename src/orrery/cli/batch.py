@@ -10,7 +10,9 @@ from orrery.cli import options as opt
 
 if TYPE_CHECKING:
     from orrery.jobs import Job
-    from orrery.world import World
+    from orrery.world import Request, World
+
+TOGETHER = 32  # jobs whose prompts are encoded in one visit of the text encoder
 
 
 def run(
@@ -65,15 +67,12 @@ def run(
         check_output(_place(output, job), job.start, scale)
     sources: dict[str, Any] = dict(vae=vae, text=text, like=like, conventions=conventions)
     world = opt.load_world(model, device, lora, dtype=dtype, placement=placement, embeddings=embeddings, **sources)
-    for job in left:
-        settings = _settings(world, job)
-        try:
-            world.request(job.prompt, **settings)
-        except InputError as error:
-            raise InputError(f"{job.source}: {error}") from error
+    requests = [_checked(world, job) for job in left]
     failed = []
     for number, job in enumerate(left, start=1):
         began = time.perf_counter()
+        if number % TOGETHER == 1:
+            world.prepare(requests[number - 1 : number - 1 + TOGETHER])
         try:
             generate_to(_place(output, job), world, job.prompt, scale, cut=job.frames, **_settings(world, job))
         except OrreryError as error:
@@ -87,6 +86,16 @@ def run(
     typer.echo(f"{len(left) - len(failed)} videos made{skipped}")
     if failed:
         raise OrreryError(f"{len(failed)} of {len(left)} jobs failed: {', '.join(failed)}")
+
+
+def _checked(world: "World", job: "Job") -> "Request":
+    """What a job asks for; InputError with the job's file where it cannot be."""
+    from orrery.errors import InputError
+
+    try:
+        return world.request(job.prompt, **_settings(world, job))
+    except InputError as error:
+        raise InputError(f"{job.source}: {error}") from error
 
 
 def _overrides(sets: list[str] | None) -> dict[str, str]:
@@ -107,10 +116,10 @@ def _place(output: Path, job: "Job") -> Path:
 
 def _settings(world: "World", job: "Job") -> dict[str, Any]:
     """Arguments of `World.generate`. Frames that are not 4k + 1 are drawn up to the next such number, and cut."""
-    from orrery.video import Video
+    from orrery.video import VIDEO_SUFFIXES, Video
 
     start: Any = job.start
-    if job.start is not None and job.start_kind == "image":
+    if job.start is not None and job.start_kind == "image" and job.start.suffix.lower() in VIDEO_SUFFIXES:
         start = Video.read(job.start, last=1)
     settings: dict[str, Any] = dict(
         start=start,

@@ -4,6 +4,7 @@ Adding a verb: a module `orrery/cli/VERB.py` with a function `run`, its paramete
 the help text; and one line in VERBS.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -73,6 +74,9 @@ def orrery(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 0; or one line on stderr and 2 for a wrong input, 1 for another error we know, 130 for
     Ctrl-C."""
+    # Before torch starts its threads: on a machine that does other things too, threads that spin while they wait cost
+    # several times the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.showwarning = _show_warning
     command = typer.main.get_command(app)
     try:

@@ -1,12 +1,18 @@
 """`orrery plan`: what a generation needs of a GPU, before anything is loaded."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orrery.cli import options as opt
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from orrery.world.plan import Needs, Plan
+
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
+GIB = 2**30
 
 
 def run(
@@ -31,19 +37,18 @@ def run(
 
     opt.check_name(model)
     wanted = opt.parse_size(size, resolution, aspect)
+    if memory is not None and not memory > 0:
+        raise InputError(f"--memory must be above 0 GiB, got {memory}")
     import torch
     from rich.console import Console
-    from rich.table import Table
 
     from orrery.weights import find_model
-    from orrery.world.plan import GIB, Shape, device_bytes, make_plan, measure
+    from orrery.world.plan import Shape, device_bytes, make_plan, measure
     from orrery.world.request import Factors, check_frames, check_size
     from orrery.world.world import DTYPES
 
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
-    if memory is not None and not memory > 0:
-        raise InputError(f"--memory must be above 0 GiB, got {memory}")
     config = find_model(model).config
     factors = Factors.of(config)
     height, width = check_size(config, factors, wanted)
@@ -51,33 +56,47 @@ def run(
     drawn = min(total, config.frames) if config.any_length else config.frames
     shape = Shape((height, width), drawn, given=5, texts=2 if config.sampling.guidance > 0 else 1)
     numbers, vae_numbers = DTYPES[dtype], DTYPES[config.vae_dtype]
-    needs = measure(config, shape, numbers, vae_numbers)
-    console = Console()
+    cards: list[tuple[str, float]] = [(f"{size} GiB", size * GIB) for size in ([memory] if memory else CARDS)]
+    if memory is None and torch.cuda.is_available():
+        cards.insert(0, (torch.cuda.get_device_name(), device_bytes(torch.device("cuda"))))
+    plans = [(label, make_plan(config, shape, size, numbers, vae_numbers)) for label, size in cards]
     length = f"{total} frames" + (f" in chunks of {drawn}" if total > drawn else "")
+    console = Console()
     console.print(f"{model}, {height}x{width}, {length}, {dtype} (VAE {config.vae_dtype})\n", highlight=False)
-    stages = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stage", "weights GiB", "peak beyond them GiB"):
-        stages.add_column(column, justify="left" if column == "stage" else "right")
-    for name, weights, peak, note in (
+    console.print(_stages(measure(config, shape, numbers, vae_numbers)), highlight=False)
+    console.print()
+    console.print(_cards(plans), highlight=False)
+
+
+def _table(*columns: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if "GiB" in column else "left")
+    return table
+
+
+def _stages(needs: "Needs") -> "Table":
+    """Weights and peaks, a row a stage."""
+    table = _table("stage", "weights GiB", "peak beyond them GiB")
+    for name, weights, peak, other in (
         ("text encoder", needs.text, needs.text_peak, ""),
         (
             "transformer",
             needs.transformer,
             needs.transformer_peak,
-            f"(guidance in one batch: {needs.batch_peak / GIB:.2f})",
+            f"guidance in one batch: {needs.batch_peak / GIB:.2f}",
         ),
-        ("VAE", needs.vae, needs.vae_peak, f"(in tiles: {needs.tile_peak / GIB:.2f})"),
+        ("VAE", needs.vae, needs.vae_peak, f"in tiles: {needs.tile_peak / GIB:.2f}"),
     ):
-        stages.add_row(name, f"{weights / GIB:.2f}", f"{peak / GIB:.2f} {note}".rstrip())
-    console.print(stages, highlight=False)
-    cards: list[tuple[str, float]] = [(f"{size} GiB", size * GIB) for size in ([memory] if memory else CARDS)]
-    if memory is None and torch.cuda.is_available():
-        cards.insert(0, (torch.cuda.get_device_name(), device_bytes(torch.device("cuda"))))
-    plans = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("GPU", "fits", "peak GiB", "how"):
-        plans.add_column(column, justify="right" if column == "peak GiB" else "left")
-    for label, size_bytes in cards:
-        plan = make_plan(config, shape, size_bytes, numbers, vae_numbers)
-        plans.add_row(label, "yes" if plan.fits else "no", f"{plan.peak / GIB:.1f}", str(plan).split(";")[0])
-    console.print()
-    console.print(plans, highlight=False)
+        table.add_row(name, f"{weights / GIB:.2f}", f"{peak / GIB:.2f}" + (f" ({other})" if other else ""))
+    return table
+
+
+def _cards(plans: list[tuple[str, "Plan"]]) -> "Table":
+    """Whether and how it fits, a row a GPU."""
+    table = _table("GPU", "fits", "peak GiB", "how")
+    for label, plan in plans:
+        table.add_row(label, "yes" if plan.fits else "no", f"{plan.peak / GIB:.1f}", str(plan).split(";")[0])
+    return table

@@ -1,6 +1,5 @@
 """`orrery train RECIPE`: run a training recipe, or continue it."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +22,6 @@ def run(
     ] = None,
 ) -> None:
     """Train the VAE or the transformer. The same command continues a run that was stopped or killed, bit for bit."""
-    # Before torch starts its threads: on a machine that does other things too, threads that spin while they wait cost
-    # several times the work itself.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from orrery.train.start import train
 
     train(recipe, sets or (), max_seconds, refresh_data, export)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 TIME_UNITS = 1000.0
+STUDENT_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ def distilled_schedule(steps: int = 4, shift: float = 5.0, exact_times: bool = T
 
     s runs linearly from 1 down to (not including) 0, then sigma = shift s / (1 + (shift - 1) s). Four steps are
     1, 15/16, 5/6, 5/8: the flow times of the TrigFlow angles pi/2, atan 15, atan 5 and atan 5/3 that the student was
-    trained at (tan(angle) = sigma / (1 - sigma)). Specification of the base model, section 4.8.
+    trained at (tan(angle) = sigma / (1 - sigma)). Fewer steps are the first of these four, as the official code has it.
+    Specification of the base model, section 4.8.
     """
     _check_steps(steps)
     if not shift > 0:
         raise ValueError(f"shift is {shift}; it must be positive")
-    s = np.linspace(1.0, 0.0, steps + 1)[:-1]
+    s = np.linspace(1.0, 0.0, max(steps, STUDENT_STEPS) + 1)[:steps]
     return _schedule(shift * s / (1 + (shift - 1) * s), exact_times)

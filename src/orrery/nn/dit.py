@@ -289,9 +289,7 @@ class Block(nn.Module):
         self.adaln_modulation_cross_attn = Modulation(width, rank, 3)
         self.adaln_modulation_mlp = Modulation(width, rank, 3)
 
-    def forward(
-        self, x: Tensor, embedding: Tensor, shared: Tensor | None, text: KeysValues, rope: Rope
-    ) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, shared: Tensor | None, text: KeysValues, rope: Rope) -> Tensor:
         """x [B, T, H, W, D]; embedding [B, T or 1, 1, 1, D]; shared [B, T or 1, 1, 1, 3D] or None;
         text: its keys and values in this block."""
         with full_precision(self.fp32_modulation, x.device):
@@ -315,6 +313,7 @@ class Block(nn.Module):
         shift, scale, gate = cross_attn
         h = modulated_norm(x, shift, scale).flatten(1, 3)
         x = torch.addcmul(x, gate, self.cross_attn.attend(h, text).view_as(x))
+        del h
 
         shift, scale, gate = mlp
         return torch.addcmul(x, gate, self.mlp(modulated_norm(x, shift, scale)))
@@ -442,8 +441,12 @@ class DiT(nn.Module):
         x = self.x_embedder(channels)
         with full_precision(self.config.fp32_modulation, x.device):
             embedding, shared = self._embed_time(timesteps)
-        state = BaseState(x, channels[:, latents.shape[1] :], embedding, shared, text.context, rope)
-        residuals = [control.residuals(state) for control in conditions.controls]
+        residuals: list[Mapping[int, Tensor]] = []
+        if conditions.controls:
+            state = BaseState(x, channels[:, latents.shape[1] :], embedding, shared, text.context, rope)
+            residuals = [control.residuals(state) for control in conditions.controls]
+            del state  # it holds the first tokens
+        del channels
         for index, (block, layer_text) in enumerate(zip(self._walk(), text.layers, strict=True)):
             x = self._run(block)(x, embedding, shared, layer_text, rope)
             for each in residuals:

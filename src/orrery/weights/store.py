@@ -2,7 +2,8 @@
 
 A network is built on the meta device, its weights are mapped from their files, renamed by the layout's table, compared
 key by key and shape by shape, and handed over one tensor at a time: on a CPU, in the dtype of the file, the mapped
-pages are the weights; otherwise each is copied where it belongs. So the host never holds more than the file once.
+pages are the weights; otherwise each is copied where it belongs. So, in the dtype of the file or on the
+way to a GPU, the host never holds more than the file once.
 """
 
 import hashlib

@@ -160,19 +160,21 @@ def _empty(network: nn.Module) -> None:
 
 
 class Embeddings:
-    """Text embeddings on disk, so that a second run needs no encoder: one file a prompt, named by what made it.
+    """Text embeddings on disk, so that a second run needs no encoder: one file a prompt, named by what made it (the
+    tokens, the encoder, the dtype).
 
     Args:
-        folder: is made if need be. files: whose text encoder it is.
+        folder: is made if need be. networks: whose text encoder it is.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], files: ModelFiles, dtype: torch.dtype) -> None:
+    def __init__(self, folder: str | os.PathLike[str], networks: Networks) -> None:
+        files, self._networks = networks.files, networks
         self.folder = Path(folder)
         self._shape = (1, files.config.text.length, files.config.text.text_dim)
         self._maker = [
             json.dumps(files.config.to_json()["text"], sort_keys=True),
             files.parts["text"].identity,
-            str(dtype),
+            str(networks.dtype),
         ]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +183,8 @@ class Embeddings:
 
     def path(self, prompt: str) -> Path:
         """Where the embedding of a prompt is, or would be."""
-        key = hashlib.sha256("\0".join([*self._maker, prompt]).encode()).hexdigest()[:32]
+        tokens = ",".join(map(str, self._networks.reader.ids(prompt)))
+        key = hashlib.sha256("\0".join([*self._maker, tokens]).encode()).hexdigest()[:32]
         return self.folder / f"{key}.safetensors"
 
     def get(self, prompt: str) -> Tensor | None:

@@ -163,7 +163,7 @@ def _measure(
             _transformer_peak(transformer, text.length, size, dtype, shape.texts, batch) for batch in (1, shape.texts)
         )
         whole_peak, tile_peak = (
-            _vae_peak(autoencoder, size[1:], shape.given, vae_dtype, tiled) for tiled in (False, True)
+            _vae_peak(autoencoder, size, shape.given, vae_dtype, tiled) for tiled in (False, True)
         )
     return Needs(
         text=parameter_bytes(encoder, dtype),
@@ -205,13 +205,13 @@ def _transformer_peak(
     return forward + texts_held + LATENTS_HELD * latents[:1].numel() * 4
 
 
-def _vae_peak(vae: VAE, size: tuple[int, int], given: int, dtype: torch.dtype, tiled: bool) -> int:
+def _vae_peak(vae: VAE, size: tuple[int, int, int], given: int, dtype: torch.dtype, tiled: bool) -> int:
     """Of streamed decoding (after two chunks every cache is full) and of encoding the given frames: all of them and
     the whole picture at once, or a tile latent by latent, as `decode_tiled` and `encode_tiled` do."""
-    factor = vae.spatial_factor
-    rows, columns = (min(side, limit) for side, limit in zip(size, TILE)) if tiled else size
-    chunk = 1 if tiled else latents_at_once(vae, size)
-    latents = torch.empty(1, vae.config.latent_channels, 3 * chunk, rows, columns, dtype=dtype)
+    factor, whole = vae.spatial_factor, size[1:]
+    rows, columns = (min(side, limit) for side, limit in zip(whole, TILE)) if tiled else whole
+    chunk = 1 if tiled else latents_at_once(vae, whole)
+    latents = torch.empty(1, vae.config.latent_channels, min(3 * chunk, size[0]), rows, columns, dtype=dtype)
 
     def decode() -> None:
         for _ in vae.decode_stream(latents, chunk):
@@ -219,7 +219,7 @@ def _vae_peak(vae: VAE, size: tuple[int, int], given: int, dtype: torch.dtype, t
 
     peak = peak_bytes(decode)
     if given:
-        frames = torch.empty(1, 3, given, size[0] * factor, size[1] * factor, dtype=dtype)
+        frames = torch.empty(1, 3, given, whole[0] * factor, whole[1] * factor, dtype=dtype)
         part = frames[..., : rows * factor, : columns * factor]
         encode = peak_bytes(lambda: vae.encode(part, vae.temporal_factor if tiled else None))
         peak = max(peak, frames.nbytes + encode)

@@ -134,8 +134,9 @@ class World:
         self.model, self.name, self.placement = networks, name, placement
         self.files, self.config = networks.files, networks.config
         self.device, self.dtype = networks.device, networks.dtype
-        self.embeddings = None if embeddings is None else Embeddings(embeddings, self.files, self.dtype)
+        self.embeddings = None if embeddings is None else Embeddings(embeddings, networks)
         self.factors = Factors.of(self.config)
+        self._prepared: dict[str, Tensor] = {}
         self._told = ""
 
     def __repr__(self) -> str:
@@ -269,13 +270,27 @@ class World:
 
     def run(self, request: Request, progress: Progress | None = None) -> Video:
         """Generate what `request` settled."""
-        given = 0 if request.given is None else len(request.given)
-        plan = self.plan(request.size, request.frames, given, request.guidance > 0)
+        plan = self._plan_of(request)
         self._tell(plan)
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             if request.handover == "frames":
                 return self._chained_frames(request, plan, progress)
             return self._decode(self._latents(request, plan, progress), plan)
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Encode the prompts of several requests in one visit of the text encoder, where it would otherwise be loaded
+        anew for each; they are kept on the host until the next call (98 MiB a prompt for the published models)."""
+        self._prepared = {}
+        prompts = [r.prompt for r in requests] + [r.negative_prompt for r in requests if r.guidance > 0]
+        wanted = list(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
+        if not wanted or (plan := self._plan_of(requests[0])).placement == "resident":
+            return
+        with torch.no_grad():
+            self._prepared = {prompt: value.cpu() for prompt, value in self._encode_prompts(wanted, plan).items()}
+
+    def _plan_of(self, request: Request) -> Plan:
+        given = 0 if request.given is None else len(request.given)
+        return self.plan(request.size, request.frames, given, request.guidance > 0)
 
     def _tell(self, plan: Plan) -> None:
         """One line about where things go, when there was something to choose; and again only when it changes."""
@@ -322,6 +337,7 @@ class World:
                 texts = [transformer.encode_text(text.to(self.device)) for text in embeddings]
                 report = _offset(progress, index, chunks)
                 chunk = self._chunk(transformer, request, plan, index, native, known, texts, report)
+            del texts
             video = self._decode(chunk, plan)
             pieces.append(video.frames[again if index else 0 :])
             known = self._encode(video[-again:], plan)
@@ -353,18 +369,24 @@ class World:
         prompts: list[str | None] = [request.prompt]
         if request.guidance > 0:
             prompts.append(request.negative_prompt)
-        known = {} if self.embeddings is None else {p: self.embeddings.get(p) for p in prompts if p is not None}
-        missing = [prompt for prompt in prompts if prompt is not None and known.get(prompt) is None]
+        known = self._encode_prompts([prompt for prompt in prompts if prompt is not None], plan)
+        nothing = torch.zeros_like(known[request.prompt])
+        return [nothing if prompt is None else known[prompt] for prompt in prompts]
+
+    def _encode_prompts(self, prompts: Sequence[str], plan: Plan) -> dict[str, Tensor]:
+        """Embeddings [1, L, text_dim] by prompt: those that are prepared or kept, and the others by the encoder."""
+        found: dict[str, Tensor | None] = {prompt: self._prepared.get(prompt) for prompt in prompts}
+        if self.embeddings is not None:
+            found = {p: value if value is not None else self.embeddings.get(p) for p, value in found.items()}
+        known = {prompt: value for prompt, value in found.items() if value is not None}
+        missing = [prompt for prompt in found if prompt not in known]
         if missing:
             with self.model.use("text", plan.placement, plan.text_on_cpu) as text:
                 for prompt in missing:
                     known[prompt] = text.encode([prompt])
-            if self.embeddings is not None:
-                for prompt in missing:
-                    self.embeddings.put(prompt, known[prompt])  # type: ignore[arg-type]
-        first = known[request.prompt]
-        assert first is not None
-        return [torch.zeros_like(first) if prompt is None else known[prompt] for prompt in prompts]  # type: ignore[misc]
+                    if self.embeddings is not None:
+                        self.embeddings.put(prompt, known[prompt])
+        return known
 
     def _chunk(
         self,
