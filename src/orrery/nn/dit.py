@@ -7,10 +7,10 @@ The parameter names are those of the published files without their `net.` prefix
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from orrery.nn.attention import EPS, Attention, CrossAttention, RMSNorm
+from orrery.nn.conditions import BaseState, Conditions, KeysValues, Projected, Rope, TextContext
 from orrery.nn.rope import TOKENS_AT_ONCE, apply_rope, axis_sizes, cached_rope_table
 
-Rope = tuple[Tensor, Tensor]
 IMAGE_TOKENS = 256  # of a reference image, in the published models
-KeysValues = tuple[Tensor, ...]  # of a text; those of an image follow where the network has image context
 
 
 @dataclass(frozen=True)
@@ -98,78 +97,6 @@ PRESETS = {
         rope_ratios=(1.0, 1.0, 1.0), rope_bf16=False, max_size=(32, 32, 32),
     ),
 }  # fmt: skip
-
-
-Projected = tuple[Tensor, ...]  # text [B, L, context_dim], and image tokens [B, M, width] where there are any
-
-
-@dataclass(frozen=True)
-class TextContext:
-    """What cross-attention needs of one text (and one image): for each block normalised keys and values
-    [B, L, heads, dim]. context: the projected text and image that other networks beside this one take theirs from."""
-
-    layers: tuple[KeysValues, ...]
-    context: "Projected"
-
-    @staticmethod
-    def batched(texts: Sequence["TextContext"]) -> "TextContext":
-        """Several texts of one length as one batch, in that order."""
-        layers = zip(*(text.layers for text in texts), strict=True)
-        return TextContext(
-            tuple(tuple(torch.cat(parts) for parts in zip(*each, strict=True)) for each in layers),
-            tuple(torch.cat(parts) for parts in zip(*(text.context for text in texts), strict=True)),
-        )
-
-    @property
-    def batch(self) -> int:
-        return self.layers[0][0].shape[0]
-
-    @property
-    def length(self) -> int:
-        return self.layers[0][0].shape[1]
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Everything but latents and time that the velocity depends on.
-
-    text: [B or 1, L, text_width], or the `TextContext` that `DiT.encode_text` made of it.
-    frame_mask: [B or 1, 1, T, H, W], 1 where the latent frame is given; None for none.
-    padding_mask: [B or 1, 1, rows, columns] at any resolution (resized to H, W, nearest), 1 where the picture is
-    padding; None for none. Only for a network whose config has it.
-    fps: frame rate of the video, for a network with rope_fps_modulation; others do not use it.
-    image: tokens of a reference image [B or 1, M, image_context], for a network with image context and a text that is
-    not encoded yet; None for none (zeros, which the network does see).
-    controls: control branches that act on this pass, each with its signal and its weight.
-    """
-
-    text: Tensor | TextContext
-    frame_mask: Tensor | None = None
-    padding_mask: Tensor | None = None
-    fps: float | None = None
-    image: Tensor | None = None
-    controls: "Sequence[Control]" = ()
-
-
-class Control(Protocol):
-    """A control branch with its signal and weight (see nn.control): what it adds to the base's tokens, by block."""
-
-    def residuals(self, state: "BaseState") -> Mapping[int, Tensor]:
-        """Block index -> [B, T, H, W, D], added after that block."""
-        ...
-
-
-@dataclass(frozen=True)
-class BaseState:
-    """What control branches share with the base in one forward pass: its embedded tokens [B, T, H, W, D], frame mask
-    and padding channels [B, 1, T, H, W] (latent size), time embedding and shared modulation, projected text, rope."""
-
-    tokens: Tensor
-    masks: Tensor
-    embedding: Tensor
-    shared: Tensor | None
-    context: Projected
-    rope: Rope
 
 
 def full_precision(wanted: bool, device: torch.device) -> AbstractContextManager:
