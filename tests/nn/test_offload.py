@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orrery.nn.dit import Conditions, DiT, DiTConfig, TextContext
+from orrery.nn.dit import Conditions, DiT, DiTConfig
 from orrery.nn.offload import StreamedBlocks
 
 CONFIG = DiTConfig(
@@ -124,7 +124,7 @@ def test_a_context_of_another_depth_is_refused_as_before() -> None:
     context = net.encode_text(text)
     net.walk = StreamedBlocks(net.blocks, "cpu")
     with pytest.raises(ValueError, match="3 blocks, the TextContext is for 2"):
-        net(latents, times, Conditions(TextContext(context.layers[:2])))
+        net(latents, times, Conditions(dataclasses.replace(context, layers=context.layers[:2])))
 
 
 def test_unequal_blocks_are_refused_untouched() -> None:

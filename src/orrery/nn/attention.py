@@ -61,3 +61,31 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend with prepared q, k, v [B, *, heads, dim] and project: [B, N, width]."""
         return self.output_proj(attention(q, k, v).flatten(-2))
+
+
+class CrossAttention(Attention):
+    """Attention from x to a text, and with `image` beside it to the tokens of a reference image, under queries, keys
+    and values of its own; both answers are summed and projected together (Cosmos-Transfer2.5)."""
+
+    def __init__(self, width: int, context_width: int, heads: int, image: bool = False):
+        super().__init__(width, context_width, heads)
+        self.image = image
+        if image:
+            self.q_img = nn.Linear(width, width, bias=False)
+            self.k_img = nn.Linear(width, width, bias=False)
+            self.v_img = nn.Linear(width, width, bias=False)
+            self.q_img_norm = RMSNorm(width // heads)
+            self.k_img_norm = RMSNorm(width // heads)
+
+    def image_keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected image tokens [B, M, width] -> normalised keys and plain values, each [B, M, heads, dim]."""
+        keys = self.k_img_norm(self.k_img(tokens).unflatten(-1, (self.heads, -1)))
+        return keys, self.v_img(tokens).unflatten(-1, (self.heads, -1))
+
+    def attend(self, x: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """x [B, N, width]; keys and values of the text, and those of the image where there is one -> [B, N, width]."""
+        answer = attention(self.queries(x), context[0], context[1])
+        if self.image:
+            queries = self.q_img_norm(self.q_img(x).unflatten(-1, (self.heads, -1)))
+            answer = answer + attention(queries, context[2], context[3])
+        return self.output_proj(answer.flatten(-2))

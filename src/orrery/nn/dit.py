@@ -7,7 +7,7 @@ The parameter names are those of the published files without their `net.` prefix
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orrery.nn.attention import EPS, Attention, RMSNorm
+from orrery.nn.attention import EPS, Attention, CrossAttention, RMSNorm
+from orrery.nn.conditions import BaseState, Conditions, KeysValues, Projected, Rope, TextContext
 from orrery.nn.rope import TOKENS_AT_ONCE, apply_rope, axis_sizes, cached_rope_table
 
-Rope = tuple[Tensor, Tensor]
-KeysValues = tuple[Tensor, Tensor]
+IMAGE_TOKENS = 256  # of a reference image, in the published models
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class DiTConfig:
     rope_bf16: rotary exponents rounded to bfloat16, as in the published bf16 files. rope_fps_modulation: positions in
     time scaled by 24 / fps. timestep_scale: factor from the 0..1000 units of `forward` to the embedded value.
     padding_mask: a mask channel follows the frame mask. fp32_modulation: time embedding, modulation and the final
-    layer run in fp32 whatever the dtype of the weights.
+    layer run in fp32 whatever the dtype of the weights. image_context: width of the tokens of a reference image that
+    cross-attention sees beside the text; 0 for none.
     """
 
     latent_channels: int = 16
@@ -54,6 +55,7 @@ class DiTConfig:
     timestep_scale: float = 0.001
     padding_mask: bool = True
     fp32_modulation: bool = True
+    image_context: int = 0
 
     def __post_init__(self) -> None:
         for name in ("patch", "max_size", "rope_ratios"):
@@ -95,46 +97,6 @@ PRESETS = {
         rope_ratios=(1.0, 1.0, 1.0), rope_bf16=False, max_size=(32, 32, 32),
     ),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TextContext:
-    """What cross-attention needs of one text: for each block normalised keys and values [B, L, heads, dim]."""
-
-    layers: tuple[KeysValues, ...]
-
-    @staticmethod
-    def batched(texts: Sequence["TextContext"]) -> "TextContext":
-        """Several texts of one length as one batch, in that order."""
-        layers = zip(*(text.layers for text in texts), strict=True)
-        return TextContext(
-            tuple((torch.cat([k for k, _ in each]), torch.cat([v for _, v in each])) for each in layers)
-        )
-
-    @property
-    def batch(self) -> int:
-        return self.layers[0][0].shape[0]
-
-    @property
-    def length(self) -> int:
-        return self.layers[0][0].shape[1]
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Everything but latents and time that the velocity depends on.
-
-    text: [B or 1, L, text_width], or the `TextContext` that `DiT.encode_text` made of it.
-    frame_mask: [B or 1, 1, T, H, W], 1 where the latent frame is given; None for none.
-    padding_mask: [B or 1, 1, rows, columns] at any resolution (resized to H, W, nearest), 1 where the picture is
-    padding; None for none. Only for a network whose config has it.
-    fps: frame rate of the video, for a network with rope_fps_modulation; others do not use it.
-    """
-
-    text: Tensor | TextContext
-    frame_mask: Tensor | None = None
-    padding_mask: Tensor | None = None
-    fps: float | None = None
 
 
 def full_precision(wanted: bool, device: torch.device) -> AbstractContextManager:
@@ -248,17 +210,15 @@ class Block(nn.Module):
         width, rank = config.width, config.adaln_rank
         self.fp32_modulation = config.fp32_modulation
         self.self_attn = Attention(width, width, config.heads)
-        self.cross_attn = Attention(width, config.context_dim, config.heads)
+        self.cross_attn = CrossAttention(width, config.context_dim, config.heads, bool(config.image_context))
         self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.adaln_modulation_self_attn = Modulation(width, rank, 3)
         self.adaln_modulation_cross_attn = Modulation(width, rank, 3)
         self.adaln_modulation_mlp = Modulation(width, rank, 3)
 
-    def forward(
-        self, x: Tensor, embedding: Tensor, shared: Tensor | None, text: Tensor | KeysValues, rope: Rope
-    ) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, shared: Tensor | None, text: KeysValues, rope: Rope) -> Tensor:
         """x [B, T, H, W, D]; embedding [B, T or 1, 1, 1, D]; shared [B, T or 1, 1, 1, 3D] or None;
-        text: the projected text [B, L, context_dim], or its keys and values in this block."""
+        text: its keys and values in this block."""
         with full_precision(self.fp32_modulation, x.device):
             self_attn, cross_attn, mlp = (
                 self._modulate(layers, embedding, shared, x.dtype)
@@ -278,13 +238,17 @@ class Block(nn.Module):
         del q, k, v
 
         shift, scale, gate = cross_attn
-        q = self.cross_attn.queries(modulated_norm(x, shift, scale).flatten(1, 3))
-        k, v = self.cross_attn.keys_values(text) if isinstance(text, Tensor) else text
-        x = torch.addcmul(x, gate, self.cross_attn(q, k, v).view_as(x))
-        del q, k, v
+        h = modulated_norm(x, shift, scale).flatten(1, 3)
+        x = torch.addcmul(x, gate, self.cross_attn.attend(h, text).view_as(x))
+        del h
 
         shift, scale, gate = mlp
         return torch.addcmul(x, gate, self.mlp(modulated_norm(x, shift, scale)))
+
+    def keys_values(self, context: Projected) -> KeysValues:
+        """Of projected text and image, in this block."""
+        text = self.cross_attn.keys_values(context[0])
+        return text if len(context) == 1 else text + self.cross_attn.image_keys_values(context[1])
 
     @staticmethod
     def _modulate(
@@ -329,6 +293,8 @@ class DiT(nn.Module):
         self.t_embedding_norm = RMSNorm(config.width)
         if config.text_projection:
             self.crossattn_proj = nn.Sequential(nn.Linear(config.text_dim, config.context_dim), nn.GELU())
+        if config.image_context:
+            self.img_context_proj = nn.Sequential(nn.Linear(config.image_context, config.width), nn.GELU())
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.init_weights()
@@ -362,10 +328,24 @@ class DiT(nn.Module):
                 layers.append(module.linear_2)
         return [layer for layer in layers if isinstance(layer, nn.Linear)]
 
-    def encode_text(self, text: Tensor) -> TextContext:
-        """Text [B, L, text_width] -> its keys and values in every block, for all the steps of a clip."""
-        context = self.project_text(text)
-        return TextContext(tuple(cast(Block, block).cross_attn.keys_values(context) for block in self._walk()))
+    def encode_text(self, text: Tensor, image: Tensor | None = None) -> TextContext:
+        """Text [B, L, text_width] and, for a network with image context, image tokens [B, M, image_context] (None:
+        zeros) -> their keys and values in every block, for all the steps of a clip."""
+        context = self._project(text, image)
+        return TextContext(tuple(cast(Block, block).keys_values(context) for block in self._walk()), context)
+
+    def _project(self, text: Tensor, image: Tensor | None) -> Projected:
+        projected = self.project_text(text)
+        width = self.config.image_context
+        if not width:
+            if image is not None:
+                raise ValueError("this network has no image context: leave the image None")
+            return (projected,)
+        if image is None:
+            image = text.new_zeros(text.shape[0], IMAGE_TOKENS, width)
+        if image.ndim != 3 or image.shape[-1] != width or image.shape[0] not in (1, text.shape[0]):
+            raise ValueError(f"image must be [{text.shape[0]}, M, {width}], got {list(image.shape)}")
+        return projected, self.img_context_proj(image.to(self.dtype)).expand(text.shape[0], -1, -1)
 
     def project_text(self, text: Tensor) -> Tensor:
         """Text [B, L, text_width] -> cross-attention context [B, L, context_dim]."""
@@ -382,13 +362,23 @@ class DiT(nn.Module):
         """
         size = self._token_size(latents)
         timesteps = self._check_timesteps(timesteps, latents)
-        text = self._text(conditions.text, latents.shape[0])
+        text = self._text(conditions, latents.shape[0])
         rope = self._rope(size, conditions.fps, latents.device)
-        x = self.x_embedder(self._input(latents, conditions))
+        channels = self._input(latents, conditions)
+        x = self.x_embedder(channels)
         with full_precision(self.config.fp32_modulation, x.device):
             embedding, shared = self._embed_time(timesteps)
-        for block, layer_text in zip(self._walk(), text, strict=True):
+        residuals: list[Mapping[int, Tensor]] = []
+        if conditions.controls:
+            state = BaseState(x, channels[:, latents.shape[1] :], embedding, shared, text.context, rope)
+            residuals = [control.residuals(state) for control in conditions.controls]
+            del state  # it holds the first tokens
+        del channels
+        for index, (block, layer_text) in enumerate(zip(self._walk(), text.layers, strict=True)):
             x = self._run(block)(x, embedding, shared, layer_text, rope)
+            for each in residuals:
+                if index in each:
+                    x = x + each[index].to(x.dtype)
         with full_precision(self.config.fp32_modulation, x.device):
             x = self.final_layer(x, embedding, shared)
         return unpatchify(x, self.config.patch).float()
@@ -434,16 +424,19 @@ class DiT(nn.Module):
         embedding = self.t_embedding_norm(embedding)[:, :, None, None]
         return embedding, None if shared is None else shared[:, :, None, None]
 
-    def _text(self, text: Tensor | TextContext, batch: int) -> list[Tensor] | tuple[KeysValues, ...]:
+    def _text(self, conditions: Conditions, batch: int) -> TextContext:
         """What each block's cross-attention is given."""
+        text = conditions.text
         given = text.batch if isinstance(text, TextContext) else text.shape[0]
         if given not in (1, batch):
             raise ValueError(f"text must have a batch of {batch} like the latents, or 1, got {given}")
         if isinstance(text, Tensor):
-            return [self.project_text(text)] * len(self.blocks)
+            return self.encode_text(text, conditions.image)
+        if conditions.image is not None:
+            raise ValueError("the text is encoded already: give the image to encode_text")
         if len(text.layers) != len(self.blocks):
             raise ValueError(f"this network has {len(self.blocks)} blocks, the TextContext is for {len(text.layers)}")
-        return text.layers
+        return text
 
     def _rope(self, size: tuple[int, int, int], fps: float | None, device: torch.device) -> Rope:
         config = self.config

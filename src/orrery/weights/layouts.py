@@ -76,6 +76,18 @@ def diffusers_transformer_key(name: str) -> str:
     return _renamed(name, DIFFUSERS_TRANSFORMER)
 
 
+def diffusers_control_keys(branch: Iterable[str], base: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Names in diffusers' CosmosControlNetModel: of our control branch's parameters, and of the base's parameters that
+    it keeps copies of (patch and time embedding, projections of text and image)."""
+    own = {}
+    for name in branch:
+        inner = re.sub(r"^control_blocks\.", "blocks.", name).replace("control_embedder.", "x_embedder.", 1)
+        own[name] = diffusers_transformer_key(inner).replace("transformer_blocks.", "control_blocks.", 1)
+    copies = ("x_embedder.", "t_embedder.", "t_embedding_norm.", "crossattn_proj.", "img_context_proj.")
+    copied = {name: diffusers_transformer_key(name) for name in base if name.startswith(copies)}
+    return own, {name: key.replace("patch_embed.", "patch_embed_base.", 1) for name, key in copied.items()}
+
+
 def diffusers_vae_key(name: str, config: VAEConfig) -> str:
     """Name in diffusers' AutoencoderKLWan of one of our VAE's parameters."""
     name = _renamed(name, DIFFUSERS_VAE)
