@@ -180,7 +180,22 @@ class ClipDataset:
 
 def read_foreground(path: Path) -> np.ndarray | None:
     """The things of a clip (first camera, segmentation id > 0) as [T, H, W] bool, or None without a segmentation."""
-    if not path.is_file():
-        return None
-    with np.load(path, allow_pickle=False) as archive:
-        return archive[archive.files[0]] > 0
+    return read_truth(path) > 0 if path.is_file() else None
+
+
+def read_truth(path: Path) -> np.ndarray:
+    """A clip's exact depth.npz (metres) or segmentation.npz (0 none, else which thing), first camera: [T, H, W].
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[archive.files[0]]
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} does not exist: the clip was made without {path.stem}; make the dataset with `orrery sim`, without "
+            f"--without {path.stem}"
+        ) from None
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None

@@ -4,10 +4,11 @@ Pure functions on tensors (and two small stateful solvers). No networks, no file
 """
 
 from .conditioning import FrameCondition, frame_mask, sample_counts
+from .editing import held
 from .guidance import guided, guided_velocity, one_by_one, side_by_side
 from .noise import numpy_noise
 from .path import interpolate, noise_from_velocity, sample_times, shift_times, velocity_target, x0_from_velocity
-from .schedule import Schedule, distilled_schedule, karras_schedule, shift_schedule
+from .schedule import Schedule, distilled_schedule, karras_schedule, shift_schedule, start_at
 from .solvers import SOLVERS, Euler, Renoise, UniPC, solve
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "frame_mask",
     "guided",
     "guided_velocity",
+    "held",
     "interpolate",
     "karras_schedule",
     "noise_from_velocity",
@@ -32,6 +34,7 @@ __all__ = [
     "shift_times",
     "side_by_side",
     "solve",
+    "start_at",
     "velocity_target",
     "x0_from_velocity",
 ]

@@ -99,3 +99,22 @@ def distilled_schedule(steps: int = 4, shift: float = 5.0, exact_times: bool = T
         raise ValueError(f"shift is {shift}; it must be positive")
     s = np.linspace(1.0, 0.0, max(steps, STUDENT_STEPS) + 1)[:steps]
     return _schedule(shift * s / (1 + (shift - 1) * s), exact_times)
+
+
+def start_at(schedule: Schedule, sigma: float, exact_times: bool = False) -> Schedule:
+    """The rest of a schedule from noise level `sigma` on: where an edit begins that keeps part of what there is
+    (SDEdit, arXiv 2108.01073: latents (1 - sigma) x0 + sigma noise). sigma itself is the first level.
+
+    Raises:
+        ValueError: sigma outside (0, 1].
+    """
+    if not 0 < sigma <= 1:
+        raise ValueError(f"sigma is {sigma}; allowed is above 0 to 1")
+    later = schedule.sigmas[:-1] < sigma - 1e-6
+    if bool(later.all()):
+        return schedule
+    first = _schedule(np.array([sigma]), exact_times)
+    return Schedule(
+        torch.cat([first.sigmas[:1], schedule.sigmas[:-1][later], schedule.sigmas[-1:]]),
+        torch.cat([first.timesteps, schedule.timesteps[later]]),
+    )

@@ -275,6 +275,15 @@ class FinalLayer(nn.Module):
         return self.linear(modulated_norm(x.to(embedding.dtype), shift, scale))
 
 
+def _summed(branches: Iterable[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    """What all control branches add, by block: a branch's share is let go of before the next one computes."""
+    total: dict[int, Tensor] = {}
+    for branch in branches:
+        for index, value in branch.items():
+            total[index] = total[index] + value if index in total else value
+    return total
+
+
 class DiT(nn.Module):
     """The velocity network. `activation_checkpointing`: recompute each block in the backward pass to save memory.
 
@@ -368,17 +377,16 @@ class DiT(nn.Module):
         x = self.x_embedder(channels)
         with full_precision(self.config.fp32_modulation, x.device):
             embedding, shared = self._embed_time(timesteps)
-        residuals: list[Mapping[int, Tensor]] = []
+        residuals: dict[int, Tensor] = {}
         if conditions.controls:
             state = BaseState(x, channels[:, latents.shape[1] :], embedding, shared, text.context, rope)
-            residuals = [control.residuals(state) for control in conditions.controls]
+            residuals = _summed(control.residuals(state) for control in conditions.controls)
             del state  # it holds the first tokens
         del channels
         for index, (block, layer_text) in enumerate(zip(self._walk(), text.layers, strict=True)):
             x = self._run(block)(x, embedding, shared, layer_text, rope)
-            for each in residuals:
-                if index in each:
-                    x = x + each[index].to(x.dtype)
+            if index in residuals:
+                x = x + residuals.pop(index).to(x.dtype)
         with full_precision(self.config.fp32_modulation, x.device):
             x = self.final_layer(x, embedding, shared)
         return unpatchify(x, self.config.patch).float()

@@ -27,14 +27,15 @@ from orrery.flow.path import interpolate, sample_times, velocity_target
 from orrery.flow.schedule import shift_schedule
 from orrery.flow.solvers import solve
 from orrery.nn.dit import PRESETS as DIT_PRESETS
-from orrery.nn.dit import Conditions, DiT
+from orrery.nn.dit import Conditions, DiT, TextContext
 from orrery.nn.text import PRESETS as TEXT_PRESETS
 from orrery.nn.text import TextEncoder, word_tokenizer
+from orrery.nn.vae import VAE
 from orrery.train.checkpoint import write_text
 from orrery.train.export import export_model, load_vae, seeds_by_scene, vae_training
 from orrery.train.loop import Randomness
 from orrery.train.networks import configure
-from orrery.train.recipe import FlowRecipe
+from orrery.train.recipe import ControlRecipe, FlowRecipe
 from orrery.train.report import duration
 from orrery.train.sheets import save_sheet, to_uint8
 
@@ -44,7 +45,7 @@ NOISE_SEED = 20_000  # validation noise of held-out clip i comes from this seed 
 @dataclass(frozen=True)
 class FlowBatch:
     """S = clips * draws samples: x0, noise [S, C, T, H, W]; t [S]; count [S] given frames; tokens [clips, L];
-    keep [S, 1, 1], 0 where the text is dropped."""
+    keep [S, 1, 1], 0 where the text is dropped; control [S, C, T, H, W] where a control branch is trained."""
 
     x0: Tensor
     noise: Tensor
@@ -52,6 +53,7 @@ class FlowBatch:
     count: Tensor
     tokens: Tensor
     keep: Tensor
+    control: Tensor | None = None
 
 
 def generated_error(v: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -78,21 +80,24 @@ class FlowTask:
     """
 
     def __init__(
-        self, recipe: FlowRecipe, train: ClipDataset, heldout: ClipDataset, random: Randomness, device: torch.device
+        self,
+        recipe: FlowRecipe | ControlRecipe,
+        train: ClipDataset,
+        heldout: ClipDataset,
+        random: Randomness,
+        device: torch.device,
     ) -> None:
         self.recipe, self.heldout, self.random, self.device = recipe, heldout, random, device
-        vae, vae_hash = load_vae(recipe.latents.vae)
+        vae, self.vae_hash = self._open_vae()
         self.vae = vae.to(device)
         seen = max(recipe.validation.clips, recipe.validation.sheet)
-        shown = ClipDataset(heldout.root, heldout.entries[:seen])
-        self.cache = self._cached(train, vae_hash, recipe.latents.mirror)
-        self.held = self._cached(shown, vae_hash, mirror=False)
-        captions = [caption for pair in self.cache.captions + self.held.captions for caption in pair]
-        self.tokenizer = self._tokenizer(captions)
+        self.shown = ClipDataset(heldout.root, heldout.entries[:seen])
+        self.cache = self._cached(train, self.vae_hash, recipe.latents.mirror)
+        self.held = self._cached(self.shown, self.vae_hash, mirror=False)
         self.model: nn.Module = self._networks().to(device).train()
         self.clips = recipe.batch * recipe.loss.draws
         self.order = ShuffledOrder(len(train), recipe.seed)
-        text = self.model.get_submodule("text")
+        text = self._base(self.model)["text"]  # type: ignore[index]
         assert isinstance(text, TextEncoder)
         sides = range(self.cache.latents.shape[1])
         whole = [[pair[side] for pair in self.cache.captions] for side in sides]
@@ -102,6 +107,11 @@ class FlowTask:
         self.held_tokens = text.tokenize([pair[0] for pair in self.held.captions])
         self.fps = heldout.entries[0].fps
         self.data = seeds_by_scene(train.entries) + ("; each mirrored too" if recipe.latents.mirror else "")
+
+    def _open_vae(self) -> tuple[VAE, str]:
+        """The frozen VAE, and a name of its weights."""
+        assert isinstance(self.recipe, FlowRecipe)
+        return load_vae(self.recipe.latents.vae)
 
     def _cached(self, dataset: ClipDataset, vae_hash: str, mirror: bool) -> LatentCache:
         recipe = self.recipe
@@ -117,24 +127,44 @@ class FlowTask:
             meter,
         )
 
-    def _tokenizer(self, captions: list[str]) -> Tokenizer:
+    def _tokenizer(self) -> Tokenizer:
         """The run's tokenizer: made of its captions once, then kept in OUT/tokenizer.json."""
         path = self.recipe.out / "tokenizer.json"
+        captions = [caption for pair in self.cache.captions + self.held.captions for caption in pair]
         if not path.exists():
             write_text(path, word_tokenizer(captions).to_str(pretty=True) + "\n")
         return Tokenizer.from_file(str(path))
 
     def _networks(self) -> nn.ModuleDict:
+        """What is trained."""
         recipe = self.recipe
+        assert isinstance(recipe, FlowRecipe)
         torch.manual_seed(recipe.seed)
         text_config = configure(TEXT_PRESETS, recipe.text.preset, recipe.text.override, "text")
         config = configure(DIT_PRESETS, recipe.transformer.preset, recipe.transformer.override, "transformer")
         try:
-            text = TextEncoder(text_config, self.tokenizer)
+            text = TextEncoder(text_config, self._tokenizer())
             transformer = DiT(replace(config, text_dim=text_config.text_dim))
         except ValueError as error:
             raise InputError(f"recipe: {error}") from None
         return nn.ModuleDict({"transformer": transformer, "text": text})
+
+    def _base(self, model: nn.Module) -> nn.Module:
+        """Where `transformer` and `text` are, for a model that is trained."""
+        return model
+
+    def _conditions(
+        self, model: nn.Module, text: Tensor | TextContext, mask: Tensor | None, control: Tensor | None
+    ) -> Conditions:
+        return Conditions(text, mask)
+
+    def _control(self, indices: np.ndarray, sides: np.ndarray) -> Tensor | None:
+        """Control latents of these training clips."""
+        return None
+
+    def _held_control(self, indices: list[int]) -> Tensor | None:
+        """Control latents of these held-out clips."""
+        return None
 
     def plain(self, name: str) -> bool:
         """Embeddings, first and last layers, and everything that makes modulation out of time are AdamW's."""
@@ -147,6 +177,9 @@ class FlowTask:
         indices = np.array(self.order.take(self.recipe.batch))
         sides = rng.integers(0, self.cache.latents.shape[1], len(indices))
         x0 = self.cache.latents[indices, sides].float().repeat_interleave(recipe.draws, dim=0)
+        control = self._control(indices, sides)
+        if control is not None:
+            control = control.float().repeat_interleave(recipe.draws, dim=0)
         cut = (rng.random(len(indices)) < recipe.caption_cut).astype(int)
         tokens = self.tokens[cut, sides, indices]
         samples = len(x0)
@@ -154,6 +187,7 @@ class FlowTask:
         if rng.random() < recipe.midstream:
             # A chained chunk begins with latents from the middle of a clip, each 4 frames; a clip's first holds only 1.
             x0, condition = x0[:, :, 1:], (0.0, 0.5, 0.5)
+            control = None if control is None else control[:, :, 1:]
         keep = torch.rand(samples, 1, 1, generator=generator) >= recipe.text_dropout
         batch = FlowBatch(
             x0=x0,
@@ -162,14 +196,16 @@ class FlowTask:
             count=sample_counts(samples, condition, generator),
             tokens=tokens,
             keep=keep.float(),
+            control=control,
         )
-        return FlowBatch(**{name: value.to(self.device) for name, value in vars(batch).items()})
+        moved = {name: None if value is None else value.to(self.device) for name, value in vars(batch).items()}
+        return FlowBatch(**moved)
 
     def loss(self, model: nn.Module, batch: FlowBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of `generated_error` over the samples; also logged for early and late times apart."""
-        text = model["text"](batch.tokens)  # type: ignore[index]
+        text = self._base(model)["text"](batch.tokens)  # type: ignore[index]
         text = text.repeat_interleave(self.recipe.loss.draws, dim=0) * batch.keep
-        errors = self._errors(model, batch.x0, batch.noise, batch.t, batch.count, text)
+        errors = self._errors(model, batch.x0, batch.noise, batch.t, batch.count, text, batch.control)
         late = batch.t > 0.5
         parts = {}
         for name, part in (("loss_early", errors[~late]), ("loss_late", errors[late])):
@@ -177,12 +213,21 @@ class FlowTask:
                 parts[name] = part.mean()
         return errors.mean(), parts
 
-    def _errors(self, model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, count: Tensor, text: Tensor) -> Tensor:
+    def _errors(
+        self,
+        model: nn.Module,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        count: Tensor,
+        text: Tensor,
+        control: Tensor | None = None,
+    ) -> Tensor:
         given = FrameCondition(x0, count, self.recipe.loss.conditional_timestep)
         assert given.mask is not None
         x_t = given.replace(interpolate(x0, noise, t))
-        conditions = Conditions(text=text, frame_mask=given.mask)
-        v = model["transformer"](x_t, given.timesteps(1000 * t), conditions)  # type: ignore[index]
+        conditions = self._conditions(model, text, given.mask, control)
+        v = self._base(model)["transformer"](x_t, given.timesteps(1000 * t), conditions)  # type: ignore[index]
         return generated_error(v, velocity_target(x0, noise), given.mask)
 
     @torch.no_grad()
@@ -192,13 +237,14 @@ class FlowTask:
         count = min(recipe.validation.clips, len(self.held))
         x0 = self.held.latents[:count, 0].float().to(self.device)
         noise = torch.cat([numpy_noise(NOISE_SEED + i, x0[:1].shape) for i in range(count)]).to(self.device)
-        text = model["text"](self.held_tokens[:count])  # type: ignore[index]
+        text = self._base(model)["text"](self.held_tokens[:count])  # type: ignore[index]
+        control = self._held_control(list(range(count)))
         table = np.zeros((3, len(recipe.validation.times)))
         for given in range(3):
             counts = torch.full((count,), given, device=self.device)
             for column, moment in enumerate(recipe.validation.times):
                 t = torch.full((count,), moment, device=self.device)
-                table[given, column] = float(self._errors(model, x0, noise, t, counts, text).mean())
+                table[given, column] = float(self._errors(model, x0, noise, t, counts, text, control).mean())
         found = {"loss": float(table.mean())}
         found |= {f"loss_given{given}": float(table[given].mean()) for given in range(3)}
         return found | {f"loss_t{t:g}": float(table[:, i].mean()) for i, t in enumerate(recipe.validation.times)}
@@ -209,11 +255,13 @@ class FlowTask:
         recipe = self.recipe
         x0 = self.held.latents[indices, 0].float().to(self.device)
         noise = torch.cat([numpy_noise(NOISE_SEED + i, x0[:1].shape) for i in indices]).to(self.device)
-        text = model["text"](self.held_tokens[indices])  # type: ignore[index]
+        text = self._base(model)["text"](self.held_tokens[indices])  # type: ignore[index]
         condition = FrameCondition(x0, given, recipe.loss.conditional_timestep)
-        transformer = model["transformer"]  # type: ignore[index]
+        transformer = self._base(model)["transformer"]  # type: ignore[index]
+        control = self._held_control(indices)
         texts = [text, torch.zeros_like(text)] if recipe.validation.guidance > 0 else [text]
-        conditions = [Conditions(transformer.encode_text(each), condition.mask) for each in texts]
+        told = [transformer.encode_text(each) for each in texts]
+        conditions = [self._conditions(model, each, condition.mask, control) for each in told]
         networks = [partial(transformer, conditions=c) for c in conditions]
         velocity = guided_velocity(one_by_one(networks), condition, noise, recipe.validation.guidance)
         schedule = shift_schedule(recipe.validation.sample_steps, recipe.loss.shift, exact_times=True)
@@ -232,6 +280,7 @@ class FlowTask:
 
     def export(self, model: nn.Module, directory: Path, training: dict[str, Any]) -> None:
         """Write a model directory with the transformer, the text encoder and the VAE."""
+        assert isinstance(self.recipe, FlowRecipe)
         training = training | {"data": self.data, "validation": self.validate(model)}
         training |= {"vae": vae_training(self.recipe.latents.vae)}
         export_model(self.recipe, model, self.vae, self.fps, directory, training)

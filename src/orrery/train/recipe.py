@@ -183,8 +183,47 @@ class FlowRecipe(_Run):
     validation: FlowValidateRecipe = FlowValidateRecipe()
 
 
-Recipe = VAERecipe | FlowRecipe
-_TASKS: dict[str, type[VAERecipe] | type[FlowRecipe]] = {"vae": VAERecipe, "flow": FlowRecipe}
+class BranchRecipe(_Table):
+    """A control branch (see orrery.nn.control), and the signal that it sees.
+
+    strength: of edge and blur: a preset's name, or "random": each clip's own draw over the range of training of the
+    published models (specification of training, section 6.6).
+    """
+
+    kind: Literal["edge", "blur", "depth", "seg"]
+    blocks: Count = 4
+    every: Count = 7
+    channels: Count = 128
+    strength: str = "random"
+
+
+class ControlLatentRecipe(_Table):
+    """Whether mirrored clips are cached too, and how many clips are encoded together. The VAE is the base model's."""
+
+    mirror: bool = True
+    batch: Count = 8
+
+
+class ControlRecipe(_Run):
+    """Train a control branch beside a frozen model, on its cached latents and those of the control videos.
+
+    base: a named model or a model folder; it is not changed.
+    """
+
+    task: Literal["control"]
+    base: str = "mini"
+    control: BranchRecipe
+    latents: ControlLatentRecipe = ControlLatentRecipe()
+    loss: FlowLossRecipe = FlowLossRecipe()
+    validation: FlowValidateRecipe = FlowValidateRecipe()
+
+
+Recipe = VAERecipe | FlowRecipe | ControlRecipe
+_TASKS: dict[str, type[VAERecipe] | type[FlowRecipe] | type[ControlRecipe]] = {
+    "vae": VAERecipe,
+    "flow": FlowRecipe,
+    "control": ControlRecipe,
+}
 
 # What a resumed run may change: it moves the end, the place or the reporting, not what the steps so far were.
 RESUMABLE = frozenset(

@@ -12,9 +12,10 @@ import torch
 from orrery.data.clips import ClipDataset, ClipEntry, entry_from_json, read_index, split
 from orrery.errors import InputError
 from orrery.train.checkpoint import write_text
+from orrery.train.control import ControlTask
 from orrery.train.flow import FlowTask
 from orrery.train.loop import Randomness, Task, Trainer, pick_device
-from orrery.train.recipe import Recipe, VAERecipe, load_recipe
+from orrery.train.recipe import ControlRecipe, Recipe, VAERecipe, load_recipe
 from orrery.train.vae import VAETask, check_clip
 
 
@@ -67,6 +68,8 @@ def open_run(recipe: Recipe, device: torch.device, refresh_data: bool = False) -
     task: Task
     if isinstance(recipe, VAERecipe):
         task = VAETask(recipe, *datasets, random, device)
+    elif isinstance(recipe, ControlRecipe):
+        task = ControlTask(recipe, *datasets, random, device)
     else:
         task = FlowTask(recipe, *datasets, random, device)
     return Trainer(recipe, task, random, device)

@@ -1,6 +1,7 @@
 """The world model, assembled: text encoder, VAE and transformer; from a prompt and a start to a Video."""
 
 from orrery.world.request import Request, Start
+from orrery.world.transfer import Signal, Transferred, TransferRequest
 from orrery.world.world import World, load
 
-__all__ = ["Request", "Start", "World", "load"]
+__all__ = ["Request", "Signal", "Start", "TransferRequest", "Transferred", "World", "load"]

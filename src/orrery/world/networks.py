@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from orrery.errors import InputError, OrreryError, note
 from orrery.files import atomic_file
+from orrery.nn.control import ControlBranch
 from orrery.nn.dit import DiT
 from orrery.nn.offload import StreamedBlocks
 from orrery.nn.text import PromptReader, TextEncoder
@@ -116,6 +117,23 @@ class Networks:
             _empty(network)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def use_controlled(
+        self, kinds: Sequence[str], placement: str = "resident"
+    ) -> Iterator[tuple[DiT, dict[str, ControlBranch]]]:
+        """The transformer as `use` gives it, and the control branches of these kinds beside it on the device."""
+        with self.use("transformer", placement) as transformer:
+            names = {kind: f"control-{kind}" for kind in kinds}
+            if placement == "resident":
+                yield transformer, {kind: cast(ControlBranch, self._keep(name)) for kind, name in names.items()}
+                return
+            branches = {kind: cast(ControlBranch, self._load(name, self.device)) for kind, name in names.items()}
+            try:
+                yield transformer, branches
+            finally:
+                for branch in branches.values():
+                    _empty(branch)
 
     def release(self) -> None:
         """Let go of every network that stayed."""

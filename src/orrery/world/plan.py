@@ -20,6 +20,7 @@ from functools import lru_cache
 import torch
 
 from orrery.errors import InputError
+from orrery.nn.control import ActiveControl, ControlBranch, ControlConfig
 from orrery.nn.dit import Conditions, DiT, DiTConfig
 from orrery.nn.rope import cached_rope_table
 from orrery.nn.text import PAD, TextConfig, TextEncoder, word_tokenizer
@@ -40,12 +41,13 @@ PIXELS_AT_ONCE = 2**21  # decoded together: bounds the VAE's memory
 @dataclass(frozen=True)
 class Shape:
     """What is generated, as far as memory goes: pixels (H, W), frames drawn at once, given frames, texts (2 with
-    guidance)."""
+    guidance), and the config of each control branch that acts on it."""
 
     size: tuple[int, int]
     frames: int
     given: int = 0
     texts: int = 2
+    controls: tuple[ControlConfig, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,10 @@ def _measure(
         network, autoencoder = DiT(transformer), VAE(vae).to(vae_dtype)
         height, width = (side // autoencoder.spatial_factor for side in shape.size)
         size = ((shape.frames - 1) // autoencoder.temporal_factor + 1, height, width)
+        branches = [ControlBranch(transformer, control) for control in shape.controls]
         one, all_texts = (
-            _transformer_peak(transformer, text.length, size, dtype, shape.texts, batch) for batch in (1, shape.texts)
+            _transformer_peak(transformer, text.length, size, dtype, shape.texts, batch, shape.controls)
+            for batch in (1, shape.texts)
         )
         whole_peak, tile_peak = (
             _vae_peak(autoencoder, size, shape.given, vae_dtype, tiled) for tiled in (False, True)
@@ -168,7 +172,7 @@ def _measure(
     return Needs(
         text=parameter_bytes(encoder, dtype),
         text_peak=_text_peak(text, dtype, shape.texts),
-        transformer=parameter_bytes(network, dtype),
+        transformer=sum(parameter_bytes(each, dtype) for each in (network, *branches)),
         block=parameter_bytes(network.blocks[0], dtype),
         blocks=len(network.blocks),
         transformer_peak=one,
@@ -187,22 +191,36 @@ def _text_peak(config: TextConfig, dtype: torch.dtype, texts: int) -> int:
 
 
 def _transformer_peak(
-    config: DiTConfig, length: int, size: tuple[int, int, int], dtype: torch.dtype, texts: int, batch: int
+    config: DiTConfig,
+    length: int,
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    texts: int,
+    batch: int,
+    controls: tuple[ControlConfig, ...] = (),
 ) -> int:
     """Of one step: the forward pass, all texts (their embeddings; their keys and values in all blocks, of a batch as
     they are and put together), and what the solver holds.
 
-    The pass is measured with two blocks: more add nothing to its peak.
+    The pass is measured with two blocks, or as many as control branches act on: more add nothing to its peak.
     """
     cached_rope_table.cache_clear()  # a table that an earlier measurement made would not be counted
-    network = DiT(dataclasses.replace(config, depth=min(2, config.depth))).to(dtype)
+    depth = min(config.depth, max([2, *(control.blocks for control in controls)]))
+    small = dataclasses.replace(config, depth=depth)
+    network = DiT(small).to(dtype)
+    signal = torch.empty(1, config.latent_channels, *size)
+    active = [
+        ActiveControl(ControlBranch(small, dataclasses.replace(control, every=1)).to(dtype), signal)
+        for control in controls
+    ]
     latents = torch.empty(batch, config.latent_channels, *size)
     text = torch.empty(batch, length, config.text_width, dtype=dtype)
-    conditions = Conditions(network.encode_text(text), torch.empty(1, 1, *size))
+    conditions = Conditions(network.encode_text(text), torch.empty(1, 1, *size), controls=active)
     forward = peak_bytes(lambda: network(latents, torch.empty(batch, size[0]), conditions))
     keys_values = config.depth * 2 * length * config.width * (2 if batch > 1 else 1)
     texts_held = texts * (keys_values + length * config.text_width) * dtype.itemsize
-    return forward + texts_held + LATENTS_HELD * latents[:1].numel() * 4
+    controls_held = len(controls) * signal.nbytes
+    return forward + texts_held + controls_held + LATENTS_HELD * latents[:1].numel() * 4
 
 
 def _vae_peak(vae: VAE, size: tuple[int, int, int], given: int, dtype: torch.dtype, tiled: bool) -> int:

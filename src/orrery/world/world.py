@@ -7,7 +7,7 @@ latent frames of a chunk are the given frames of the next, and everything is dec
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from orrery.weights.sources import transformer_shapes
 from orrery.world.networks import Embeddings, Networks
 from orrery.world.plan import SMALL, Plan, Shape, device_bytes, latents_at_once, make_plan, measure
 from orrery.world.request import GIVEN_LATENTS, Factors, Request, Start, settle
+from orrery.world.transfer import Edit, Signal, Transferred, TransferRequest, run_transfer, settle_transfer
 
 Progress = Callable[[int, int], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -173,13 +174,22 @@ class World:
         """Take all LoRAs out again: the weights are bit for bit what they were."""
         self.model.with_loras([])
 
-    def plan(self, size: tuple[int, int], frames: int, given: int = 5, guidance: bool = True) -> Plan:
-        """How a generation fits into this device's memory. A small model is resident without further ado."""
+    def plan(
+        self,
+        size: tuple[int, int],
+        frames: int,
+        given: int = 5,
+        guidance: bool = True,
+        controls: Sequence[str] = (),
+    ) -> Plan:
+        """How a generation fits into this device's memory, with these kinds of control acting on it. A small model is
+        resident without further ado."""
         width = self.config.transformer.width * self.config.transformer.depth
         if self.placement is None and width * self.config.transformer.width * 48 < SMALL:
             return Plan("resident", False, False, False, math.inf, {"all": 0})
         drawn = frames if self.config.any_length and frames < self.config.frames else self.config.frames
-        shape = Shape(size, drawn, given, 2 if guidance else 1)
+        branches = tuple(self.config.controls[kind] for kind in controls)
+        shape = Shape(size, drawn, given, 2 if guidance else 1, branches)
         memory, cuda = device_bytes(self.device), self.device.type == "cuda"
         return make_plan(self.config, shape, memory, self.dtype, self.model.vae_dtype, cuda, self.placement)
 
@@ -277,6 +287,55 @@ class World:
                 return self._chained_frames(request, plan, progress)
             return self._decode(self._latents(request, plan, progress), plan)
 
+    def transfer(
+        self,
+        prompt: str,
+        video: Start | None = None,
+        controls: Mapping[str, Signal | Any] | Sequence[str] = ("edge",),
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Transferred:
+        """Draw a video anew: control signals hold its structure, the prompt says how it looks.
+
+        >>> world.transfer("a red ball falls, realistic look", "sim.mp4", ["edge"]).video.save("real.mp4")
+
+        Args:
+            prompt: what there is, what it does and how it looks.
+            video: the input: a Video, a path, pixels. Its length, frame rate and size are the result's. None: those of
+                the first control video.
+            controls: kinds ("edge", "blur", "depth", "seg") that are made of the input, or kind -> `Signal`, or
+                kind -> control video. Any subset, in any order. Where their weights sum to more than 1, they are
+                divided by the sum, once (at every place, where there are masks).
+            progress: called as progress(steps done, steps in all).
+            options: seed, steps, guidance, negative_prompt, solver, schedule, shift, overlap, handover as in
+                `generate`. frames: only the first so many. fps: only so many of a second. size: (H, W) that is drawn;
+                default the trained one nearest to the input's aspect ratio. keep_size: give the input's size back
+                (default). chunk: frames drawn at once. image: a reference for the look, for branches that take one.
+                hold, hold_until, hold_labels: where the input itself is held until that step (guided generation).
+                sigma_max: begin with the input at this ratio of noise to signal, not with pure noise (SDEdit).
+
+        Raises:
+            InputError: no control, a kind that the model has no branch for, a control video that does not fit the
+                input, a weight outside 0 to 1, weights that are all 0, a mask of another shape, a missing model.
+        """
+        return self.run_transfer(self.transfer_request(prompt, video, controls, **options), progress)
+
+    def transfer_request(
+        self,
+        prompt: str,
+        video: Start | None = None,
+        controls: Mapping[str, Signal | Any] | Sequence[str] = ("edge",),
+        **options: Any,
+    ) -> TransferRequest:
+        """Check and settle the arguments of `transfer`, and make its control videos, without drawing."""
+        asked = controls if isinstance(controls, Mapping) else {kind: Signal() for kind in controls}
+        return settle_transfer(self, prompt, video, asked, **options)
+
+    def run_transfer(self, request: TransferRequest, progress: Progress | None = None) -> Transferred:
+        """Draw what `transfer_request` settled."""
+        return run_transfer(self, request, progress)
+
     def prepare(self, requests: Sequence[Request]) -> None:
         """Encode the prompts of several requests in one visit of the text encoder, where it would otherwise be loaded
         anew for each; they are kept on the host until the next call (98 MiB a prompt for the published models)."""
@@ -316,7 +375,7 @@ class World:
         with self.model.use("transformer", plan.placement) as transformer:
             texts = [transformer.encode_text(text.to(self.device)) for text in embeddings]
             for index in range(chunks):
-                report = _offset(progress, index, chunks)
+                report = self._offset(progress, index, chunks)
                 chunk = self._chunk(transformer, request, plan, index, native, known, texts, report)
                 latents = torch.cat([latents, chunk[:, :, overlap:] if index else chunk], dim=2)
                 known = chunk[:, :, -overlap:] if overlap else known
@@ -335,7 +394,7 @@ class World:
         for index in range(chunks):
             with self.model.use("transformer", plan.placement) as transformer:
                 texts = [transformer.encode_text(text.to(self.device)) for text in embeddings]
-                report = _offset(progress, index, chunks)
+                report = self._offset(progress, index, chunks)
                 chunk = self._chunk(transformer, request, plan, index, native, known, texts, report)
             del texts
             video = self._decode(chunk, plan)
@@ -398,19 +457,35 @@ class World:
         known: Tensor,
         texts: list[TextContext],
         report: Callable[[int, int, Tensor], None],
+        edit: Edit | None = None,
     ) -> Tensor:
-        """`native` frames of latents [1, C, T, H, W] from the noise of chunk `index`; the first ones are `known`."""
+        """`native` frames of latents [1, C, T, H, W] from the noise of chunk `index`; the first ones are `known`.
+        edit: what acts on them beside the text."""
         count, sampling = known.shape[2], request.sampling
         shape = (1, known.shape[1], native, *known.shape[3:])
         noise = numpy_noise((request.seed + index) % 2**32, shape).to(self.device)
         latents = torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2)
         given = FrameCondition(latents, count, sampling.conditional_timestep)
         told = [TextContext.batched(texts)] if plan.side_by_side and len(texts) == 2 else texts
-        conditions = [Conditions(text, frame_mask=given.mask) for text in told]
+        controls = () if edit is None else edit.controls
+        conditions = [Conditions(text, frame_mask=given.mask, controls=controls) for text in told]
         networks = [lambda x, times, told=each: transformer(x, times, told) for each in conditions]
         predict = one_by_one(networks) if len(told) == len(texts) else side_by_side(networks[0], len(texts))
         velocity = guided_velocity(predict, given, noise, sampling.guidance)
-        return solve(velocity, noise, self._schedule(sampling), sampling.solver, report)
+        schedule, x = self._schedule(sampling), noise
+        if edit is not None:
+            velocity, schedule, x = edit.begin(velocity, schedule, given, noise)
+        return solve(velocity, x, schedule, sampling.solver, report)
+
+    @staticmethod
+    def _offset(progress: Progress | None, index: int, chunks: int) -> Callable[[int, int, Tensor], None]:
+        """The solver's callback for chunk `index`, as progress over all of them."""
+
+        def report(done: int, steps: int, _latents: Tensor) -> None:
+            if progress is not None:
+                progress(index * steps + done, chunks * steps)
+
+        return report
 
     def _decode(self, latents: Tensor, plan: Plan) -> Video:
         fps = self.config.fps
@@ -421,13 +496,3 @@ class World:
             chunk = latents_at_once(vae, (latents.shape[3], latents.shape[4]))
             pieces = [Video.from_tensor(piece, fps).frames for piece in vae.decode_stream(latents, chunk)]
         return Video(np.concatenate(pieces), fps)
-
-
-def _offset(progress: Progress | None, index: int, chunks: int) -> Callable[[int, int, Tensor], None]:
-    """The solver's callback for chunk `index`, as progress over all of them."""
-
-    def report(done: int, steps: int, _latents: Tensor) -> None:
-        if progress is not None:
-            progress(index * steps + done, chunks * steps)
-
-    return report
