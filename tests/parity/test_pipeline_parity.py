@@ -5,7 +5,6 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from orrery.errors import InputError
 from orrery.flow import numpy_noise
 from orrery.video import Video
 from orrery.weights import convert, find_model
-from orrery.weights.conversion import CHAT
 from orrery.world import World
 
 diffusers = pytest.importorskip("diffusers")
@@ -25,88 +23,16 @@ transformers = pytest.importorskip("transformers")
 pipeline_module = pytest.importorskip("diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict")
 transformer_module = pytest.importorskip("diffusers.models.transformers.transformer_cosmos")
 
+pytestmark = pytest.mark.usefixtures("without_torchvision")
+
 PER_PIXEL = 1e-3  # on [0, 1]
 HEIGHT, WIDTH, FRAMES, STEPS, SEED = 32, 48, 9, 6, 3
-WORDS = (
-    "a red ball falls and bounces system user You are helpful assistant who will provide prompts to an image generator"
-)
 PROMPT, NEGATIVE = "a red ball bounces", "a ball falls"
 
 
-class Unguarded:
-    """In place of the guardrail, which needs models of its own."""
-
-    def to(self, device):
-        return self
-
-    def check_text_safety(self, prompt):
-        return True
-
-
-@pytest.fixture(autouse=True)
-def _without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision serves the oracle to resize a mask and to read an image, and may be missing beside a CPU torch."""
-    resize = SimpleNamespace(
-        functional=SimpleNamespace(
-            resize=lambda x, size, interpolation: torch.nn.functional.interpolate(x, size=size, mode="nearest")
-        ),
-        InterpolationMode=SimpleNamespace(NEAREST="nearest"),
-    )
-    read = SimpleNamespace(
-        transforms=SimpleNamespace(
-            functional=SimpleNamespace(
-                to_tensor=lambda image: torch.from_numpy(np.asarray(image)).permute(2, 0, 1).float() / 255
-            )
-        )
-    )
-    monkeypatch.setattr(transformer_module, "transforms", resize, raising=False)
-    monkeypatch.setattr(pipeline_module, "torchvision", read, raising=False)
-
-
-def tokenizer():
-    """Words, and Qwen's chat with its marks, as the published tokenizer has them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "[UNK]"]
-    words = sorted(set(WORDS.split()) | {"."})
-    vocabulary = {word: index for index, word in enumerate([*special, *words])}
-    base = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    base.pre_tokenizer = pre_tokenizers.Whitespace()
-    base.add_special_tokens(special[:3])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<|endoftext|>", padding_side="right")
-    fast.chat_template = CHAT
-    return fast
-
-
-def randomised(module: torch.nn.Module, gain: float = 0.8, sharp: float = 1.0) -> torch.nn.Module:
-    """Every parameter drawn, so that nothing starts at zero or one; outputs of about one. sharp: of queries and keys,
-    so that attention picks words out of a long padding."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim < 2 or "gamma" in name:
-                mean = 0.0 if "bias" in name else sharp if ".norm_q." in name or ".norm_k." in name else 1.0
-                parameter.normal_(mean=mean, std=0.2)
-            else:
-                parameter.normal_(std=gain / parameter[0].numel() ** 0.5)
-    return module.eval()
-
-
-def new_pipeline():
+def new_pipeline(oracle):
     torch.manual_seed(0)
-    text = transformers.Qwen2_5_VLForConditionalGeneration(
-        transformers.Qwen2_5_VLConfig(
-            text_config=dict(
-                hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                num_key_value_heads=1, vocab_size=64, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-            ),
-            vision_config=dict(
-                depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=32,
-                fullatt_block_indexes=[0],
-            ),
-            image_token_id=60, video_token_id=61, vision_start_token_id=62, vision_end_token_id=63,
-        )
-    )  # fmt: skip
+    text = oracle.text_encoder()
     transformer = transformer_module.CosmosTransformer3DModel(
         in_channels=17, out_channels=16, num_attention_heads=2, attention_head_dim=24, num_layers=2,
         text_embed_dim=32, adaln_lora_dim=8, rope_scale=(1.0, 3.0, 3.0), extra_pos_embed_type=None,
@@ -117,20 +43,30 @@ def new_pipeline():
         sigma_min=0.01, final_sigmas_type="zero",
     )  # fmt: skip
     return pipeline_module.Cosmos2_5_PredictBasePipeline(
-        text_encoder=randomised(text), tokenizer=tokenizer(), transformer=randomised(transformer, gain=1.5, sharp=3.0),
-        vae=randomised(diffusers.AutoencoderKLWan(base_dim=8)), scheduler=scheduler, safety_checker=Unguarded(),
+        text_encoder=text, tokenizer=oracle.tokenizer(), vae=oracle.vae(), scheduler=scheduler,
+        transformer=oracle.randomised(transformer, gain=1.5, sharp=3.0), safety_checker=oracle.Unguarded(),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory, oracle) -> Path:
     """A directory that diffusers saved."""
-    pipeline = new_pipeline()
+    pipeline = new_pipeline(oracle)
     pipeline.register_modules(safety_checker=None)
     folder = tmp_path_factory.mktemp("diffusers") / "pipeline"
     pipeline.save_pretrained(folder)
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "Cosmos2_5_PredictBasePipeline"
     return folder
+
+
+class Unguarded:
+    """In place of the guardrail, which needs models of its own."""
+
+    def to(self, device):
+        return self
+
+    def check_text_safety(self, prompt):
+        return True
 
 
 def theirs(folder: Path):

@@ -29,7 +29,7 @@ from orrery.train.loop import Randomness
 from orrery.train.recipe import BranchRecipe, ControlRecipe
 from orrery.train.sheets import save_sheet, to_uint8
 from orrery.weights.sources import find_model
-from orrery.weights.store import load_model, model_hash
+from orrery.weights.store import load_model, model_hash, save_control
 
 
 class ControlClips(ClipDataset):
@@ -133,9 +133,10 @@ class ControlTask(FlowTask):
         truth = [self.heldout[i].frames[: self.recipe.data.frames] for i in indices]
         control = ControlClips(self.shown, self.recipe.control)
         clips = [self.vae.decode(self.sample(each, indices, 0)).cpu().numpy() for each in (model, _Without())]
-        rows = []
+        rows: list[np.ndarray] = []
         for i in indices:
-            rows += [truth[i], control[i].frames[: self.recipe.data.frames], *(to_uint8(each[i]) for each in clips)]
+            rows += [truth[i], control[i].frames[: self.recipe.data.frames]]
+            rows += [to_uint8(each[i]) for each in clips]
         save_sheet(path, rows)
 
     def export(self, model: nn.Module, directory: Path, training: dict[str, Any]) -> None:
@@ -146,8 +147,6 @@ class ControlTask(FlowTask):
             if self.files.folder is None:
                 raise InputError(f"a branch of {self.recipe.base!r} needs a model folder to be put into: --export DIR")
             shutil.copytree(self.files.folder, directory, dirs_exist_ok=True)
-        from orrery.weights.store import save_control
-
         save_control(directory, self.recipe.control.kind, model["branch"], training)  # type: ignore[index]
 
 
@@ -156,7 +155,7 @@ class _Without(nn.Module):
 
 
 def _check_strength(recipe: BranchRecipe) -> None:
-    presets = {"edge": EDGE_PRESETS, "blur": BLUR_PRESETS}.get(recipe.kind, {})
+    presets = {"edge": list(EDGE_PRESETS), "blur": list(BLUR_PRESETS)}.get(recipe.kind, [])
     if recipe.strength not in ("random", *presets):
-        allowed = ", ".join(("random", *presets))
+        allowed = ", ".join(["random", *presets])
         raise InputError(f"recipe: control.strength = {recipe.strength!r} for {recipe.kind}; allowed: {allowed}")

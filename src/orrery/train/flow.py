@@ -198,7 +198,9 @@ class FlowTask:
             keep=keep.float(),
             control=control,
         )
-        moved = {name: None if value is None else value.to(self.device) for name, value in vars(batch).items()}
+        moved: dict[str, Any] = {
+            name: value if value is None else value.to(self.device) for name, value in vars(batch).items()
+        }
         return FlowBatch(**moved)
 
     def loss(self, model: nn.Module, batch: FlowBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,7 +1,8 @@
 """The world model, assembled: text encoder, VAE and transformer; from a prompt and a start to a Video."""
 
 from orrery.world.request import Request, Start
-from orrery.world.transfer import Signal, Transferred, TransferRequest
+from orrery.world.transfer import Transferred
+from orrery.world.transfer_request import Signal, TransferRequest
 from orrery.world.world import World, load
 
 __all__ = ["Request", "Signal", "Start", "TransferRequest", "Transferred", "World", "load"]

@@ -31,11 +31,13 @@ from orrery.nn.dit import Conditions, DiT, TextContext
 from orrery.nn.vae_tiling import decode_tiled, encode_tiled
 from orrery.video import Video
 from orrery.weights import Lora, ModelFiles, Sampling, find_model, model_hash, read_lora
+from orrery.weights.branches import Controls
 from orrery.weights.sources import transformer_shapes
 from orrery.world.networks import Embeddings, Networks
 from orrery.world.plan import SMALL, Plan, Shape, device_bytes, latents_at_once, make_plan, measure
 from orrery.world.request import GIVEN_LATENTS, Factors, Request, Start, settle
-from orrery.world.transfer import Edit, Signal, Transferred, TransferRequest, run_transfer, settle_transfer
+from orrery.world.transfer import Edit, Transferred, run_transfer
+from orrery.world.transfer_request import Signal, TransferRequest, settle_transfer
 
 Progress = Callable[[int, int], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,6 +53,8 @@ def load(
     like: str | None = None,
     conventions: str | None = None,
     loras: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
+    controls: Controls | None = None,
+    image: str | os.PathLike[str] | None = None,
     placement: str | None = None,
     embeddings: str | os.PathLike[str] | None = None,
 ) -> "World":
@@ -66,6 +70,9 @@ def load(
         like: for an official .pt, the named model whose sampling it follows (default: its size's published one).
         conventions: "official" or "diffusers" numerics instead of those that come with the source.
         loras: paths of LoRA files, or (path, scale): merged into the transformer, in that order.
+        controls: control branches: kinds ("edge", "blur", "depth", "seg") or kind -> where its branch is; default all
+            that the model has. Each is read when it first acts, and the base is held once for all of them.
+        image: take the encoder of reference images from this folder.
         placement: "resident", "stages" or "blocks" instead of what the plan chooses (see `orrery plan`).
         embeddings: a folder that keeps text embeddings, so that a prompt is encoded once.
 
@@ -73,7 +80,8 @@ def load(
         InputError: an unknown name, a folder that is no model, weights that do not fit their config, a device that
             this torch does not have.
     """
-    files = find_model(name_or_path, vae=vae, text=text, like=like, conventions=conventions)
+    options: dict[str, Any] = dict(vae=vae, text=text, like=like, conventions=conventions, controls=controls)
+    files = find_model(name_or_path, image=image, **options)
     where = _device(device)
     numbers = _dtype(dtype, files, where)
     vae_dtype = DTYPES[files.config.vae_dtype] if where.type == "cuda" else torch.float32
