@@ -200,7 +200,7 @@ def test_a_value_that_is_no_number_is_named(words: tuple[str, ...], capsys: pyte
 
 
 def test_ctrl_c_says_stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(_: object) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("orrery.cli.models.describe", interrupted)

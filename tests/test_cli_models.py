@@ -1,6 +1,7 @@
 """The verbs around published models: plan, convert, batch, and generate's options for them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 from PIL import Image
 
 from orrery.cli.main import main
+from orrery.nn.control import ControlBranch, ControlConfig
 from orrery.video import Video
-from orrery.weights import find_model
+from orrery.weights import find_model, save_control
 from orrery.weights.store import load_part
+from orrery.weights.tensors import read_tensors
 
 PROMPT = "a red ball falls and bounces"
 
@@ -201,6 +204,65 @@ def test_convert_there_and_back(tiny_folder: Path, tmp_path: Path, capsys: pytes
     assert "the format is 'gguf'; allowed are orrery, diffusers, official" in last_line(capsys)
     assert call("convert", "nope", tmp_path / "x") == 2
     assert "unknown model 'nope'" in last_line(capsys)
+
+
+@pytest.fixture
+def with_edge(tiny_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model with a random branch for edges."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "with-edge"))
+    torch.manual_seed(0)
+    branch = ControlBranch(find_model(folder).config.transformer, ControlConfig(blocks=2, every=1, channels=16))
+    with torch.no_grad():
+        for parameter in branch.parameters():
+            parameter.normal_(std=0.2)
+    save_control(folder, "edge", branch, {"steps": 3})
+    return folder
+
+
+def test_models_tells_of_controls(with_edge: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call("models") == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "22.1" in rows["transfer2.5-2b"] and "controls: edge, blur, depth, seg" in rows["transfer2.5-2b"]
+    assert rows["transfer2.5-2b-edge-distilled"].rstrip().endswith("controls: edge")
+    assert "controls" not in rows["predict2.5-2b"] and "not supported yet" in rows["transfer2.5-2b-multiview"]
+    assert call("models", "transfer2.5-2b", "--control", "vis") == 0
+    text = capsys.readouterr().out
+    assert "blur branch    349.21 M parameters, after blocks 0, 7, 14, 21, 128 channels; 5.53 GB" in text
+    assert "2,413.86 M" in text and "edge branch" not in text and "google/siglip2-so400m-patch16-naflex" in text
+    assert call("models", "transfer2.5-2b") == 0
+    told = capsys.readouterr()
+    assert told.out.count("298.87 M parameters") == 4 and "without image context" in told.err
+    assert call("models", with_edge) == 0
+    text = capsys.readouterr().out
+    file = with_edge / "control-edge.safetensors"
+    count, size = sum(value.numel() for value in read_tensors(file).values()) / 1e6, file.stat().st_size / 1e6
+    assert f"edge branch    {count:.2f} M parameters, after blocks 0, 1, 16 channels; {size:.2f} MB" in text
+    assert "control-edge.safetensors" in text
+    assert call("models", with_edge, "--control", "seg") == 2
+    assert "has no control seg; it has edge" in last_line(capsys)
+    assert call("models", "mini", "--control", "smell") == 2
+    assert "the control is 'smell'; allowed are edge, blur, depth, seg" in last_line(capsys)
+
+
+def test_convert_with_a_control_branch(with_edge: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    assert call("convert", with_edge, tmp_path / "edge.pt") == 0
+    assert call("convert", tmp_path / "edge.pt", tmp_path / "again") == 2
+    assert "does not say of what: name its kind" in last_line(capsys)
+    parts = ("--vae", tiny_folder, "--text", tiny_folder, "--control", "seg")
+    assert call("convert", tmp_path / "edge.pt", tmp_path / "again", *parts) == 0
+    one, two = (
+        load_part(find_model(tmp_path / name), f"control-{kind}", dtype=None).state_dict()
+        for name, kind in (("with-edge", "edge"), ("again", "seg"))
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    both = ("--control", "edge", "--control", f"seg={tmp_path / 'again'}")
+    assert call("convert", with_edge, tmp_path / "both", *both) == 0
+    assert list(find_model(tmp_path / "both").config.controls) == ["edge", "seg"]
+    assert call("convert", with_edge, tmp_path / "none", "--control", "none") == 0
+    assert find_model(tmp_path / "none").config.controls == {}
+    assert call("convert", tmp_path / "both", tmp_path / "both.pt") == 2
+    assert "the format official holds one control branch, here are edge, seg" in last_line(capsys)
 
 
 def test_batch_loads_the_text_encoder_once_where_networks_take_turns(

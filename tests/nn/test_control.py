@@ -64,9 +64,9 @@ def residuals(net: DiT, *controls: ActiveControl) -> dict[int, torch.Tensor]:
 
     class Spy(ActiveControl):
         def residuals(self, state):
-            for place, value in super().residuals(state).items():
+            for place, value in super().residuals(state):
                 found[place] = found.get(place, 0) + value
-            return {}
+            return []
 
     velocity(net, *(Spy(c.branch, c.latents, c.weight) for c in controls))
     return found

@@ -110,8 +110,8 @@ def test_branch_and_base(image, per_frame):
 
     class Spy(ActiveControl):
         def residuals(self, state):
-            seen.append(super().residuals(state))
-            return seen[-1]
+            seen.append(dict(super().residuals(state)))
+            return seen[-1].items()
 
     controls = [Spy(branch, given.control, 0.7)]
     conditions = Conditions(given.text, given.mask, given.padding, image=given.image, controls=controls)

@@ -202,7 +202,6 @@ def test_a_broken_directory_is_named(saved: Path, tmp_path: Path) -> None:
     values = json.loads(config.read_text())
     for change, message in (
         ({"num_layers": None}, "lacks the key 'num_layers'"),
-        ({"controlnet_block_every_n": 7}, "controlnet_block_every_n is 7: a control branch is not supported yet"),
         ({"_class_name": "WanTransformer3DModel"}, "is of a WanTransformer3DModel; allowed is Cosmos"),
         ({"num_layers": 3}, "lacks 20 of 69 weights: transformer_blocks.2."),
     ):

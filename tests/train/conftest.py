@@ -32,6 +32,7 @@ def write_synthetic(root: Path, seeds: list[int], frames: int = 5, size: int = 1
             folder.mkdir()
             Video(clip, 10).save(folder / "rgb.mp4", crf=1, pixel_format="yuv444p")
             np.savez_compressed(folder / "segmentation.npz", front=ids)
+            np.savez_compressed(folder / "depth.npz", front=np.where(ids > 0, 1.0, 2.0).astype(np.float16))
             caption = f"a {name} square moves to the {side}"
             line = {"id": folder.name, "scene": "drop", "seed": seed, "caption": caption, "frames": frames, "fps": 10.0}
             index.write(json.dumps(line) + "\n")
@@ -91,7 +92,8 @@ def toml(tree: dict[str, Any]) -> str:
 
 @pytest.fixture
 def write_recipe(dataset: Path, tmp_path: Path) -> Callable[..., Path]:
-    """write_recipe("vae" or "flow", out, steps, trained=VAE_DIR, **top-level keys) -> path of a tiny recipe."""
+    """write_recipe("vae", "flow" or "control", out, steps, trained=VAE or base model, **top-level keys) -> a tiny
+    recipe's path."""
 
     def write(task: str, out: Path, steps: int = 12, trained: Path | None = None, **more: Any) -> Path:
         tree = {"task": task} | run_tables(dataset, out, steps)
@@ -99,6 +101,11 @@ def write_recipe(dataset: Path, tmp_path: Path) -> Callable[..., Path]:
             tree["vae"] = {"preset": "mini", "override": {"base": 12, "multipliers": [1, 2], "res_blocks": 1}}
             tree["loss"] = {"foreground": 3.0}
             tree["statistics_clips"] = 8
+        elif task == "control":
+            tree["base"] = str(trained)
+            tree["control"] = {"kind": "seg", "blocks": 2, "every": 1, "channels": 16}
+            tree["loss"] = {"text_dropout": 0.0}
+            tree["validation"] = tree["validation"] | {"sample_steps": 2}
         else:
             tree["latents"] = {"vae": str(trained)}
             small = {"width": 32, "depth": 2, "heads": 2, "adaln_rank": 8, "context_dim": 16}

@@ -44,7 +44,7 @@ def test_shipped_recipes_are_valid_and_belong_together(name: str) -> None:
         ({"optimizer": {"name": "muon"}}, r"optimizer: name = 'muon' with matrix_lr = None"),
         ({"data": {"root": "d"}}, r"missing key data\.heldout_from"),
         ({"data": {"root": "d", "heldout_from": 9, "frames": 16}}, r"data: frames = 16; allowed: 4k \+ 1"),
-        ({"task": "vea"}, r"task = 'vea'; allowed: vae, flow"),
+        ({"task": "vea"}, r"task = 'vea'; allowed: vae, flow, control"),
     ],
 )
 def test_a_fault_is_one_line_with_key_value_and_what_is_allowed(more: dict[str, Any], message: str) -> None:
@@ -91,13 +91,20 @@ def test_shipped_recipes_are_valid_and_their_models_fit_the_package(path: Path) 
     from orrery.nn.vae import PRESETS as VAES
     from orrery.nn.vae import VAE
     from orrery.train.networks import configure
-    from orrery.train.recipe import VAERecipe
+    from orrery.nn.control import ControlBranch, ControlConfig
+    from orrery.train.recipe import ControlRecipe, VAERecipe
+    from orrery.weights.sources import find_model
 
     recipe = load_recipe(path)
     with torch.device("meta"):
         if isinstance(recipe, VAERecipe):
             network: torch.nn.Module = VAE(configure(VAES, recipe.vae.preset, recipe.vae.override, "vae"))
             most = 12e6
+        elif isinstance(recipe, ControlRecipe):
+            control = recipe.control
+            config = ControlConfig(control.blocks, control.every, control.channels)
+            network = ControlBranch(find_model(recipe.base).config.transformer, config)
+            most = 8e6  # each of four
         else:
             table = recipe.transformer
             network = DiT(configure(DITS, table.preset, table.override, "transformer"))

@@ -94,7 +94,7 @@ def test_published_parameter_counts_and_keys() -> None:
 
 def test_every_published_model_can_be_found_without_a_network() -> None:
     published = [entry for entry in CATALOGUE.values() if entry.weights]
-    assert len(published) == 16
+    assert len(published) == 21
     for entry in published:
         if entry.unsupported:
             with pytest.raises(InputError, match=f"{entry.name!r} is not supported yet: it needs {entry.unsupported}"):
@@ -102,7 +102,9 @@ def test_every_published_model_can_be_found_without_a_network() -> None:
             continue
         files = find_model(entry.name)
         assert files.config.frames == 93 and files.config.resolution == (704, 1280) and files.config.fps == 16
-        assert set(files.parts) == {"transformer", "vae", "text"} and files.parts["transformer"].layout == "official"
+        branches = {f"control-{kind}" for kind in entry.kinds}
+        assert set(files.parts) - {"image"} == {"transformer", "vae", "text"} | branches
+        assert {files.parts[name].layout for name in ("transformer", *branches)} == {"official"}
     post, pre, few = (find_model(f"predict2.5-2b{end}").config for end in ("", "-pretrained", "-distilled"))
     assert (post.sampling.schedule, post.sampling.conditional_timestep) == ("karras", 0.1)
     assert (pre.sampling.schedule, pre.sampling.shift, pre.sampling.conditional_timestep) == ("shift", 5, None)
@@ -150,7 +152,9 @@ def test_an_unknown_official_file_is_sampled_by_its_size_aloud(parts, tmp_path: 
         ("view_embeddings.weight", "a multi-view model"),
         ("action_embedder_B_D.fc1.weight", "an action-conditioned model"),
         ("blocks.0.cam_encoder.weight", "a camera-conditioned model"),
-        ("control_blocks.0.mlp.layer1.weight", "a control branch"),
+        ("blocks.0.cross_view_attn.q_proj.weight", "a multi-view model"),
+        ("input_hint_block.0.weight", "a multi-view model"),
+        ("control_embedder.3.proj.1.weight", "a file of several control branches"),
     ],
 )
 def test_variants_are_refused_by_what_they_are(key, what, parts, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from orrery.errors import OrreryError
 VERBS = {
     "generate": "Simulate what happens next, as video: from words, an image or a video.",
     "batch": "Generate every job of the official inference files.",
+    "transfer": "Draw videos anew after control signals: Sim2Real, Real2Real.",
     "models": "List the models, or describe one.",
     "plan": "What a generation needs of a GPU, before anything is loaded.",
     "convert": "A model from one format to another: official .pt, diffusers, ours.",

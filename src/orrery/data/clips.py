@@ -194,8 +194,8 @@ def read_truth(path: Path) -> np.ndarray:
             return archive[archive.files[0]]
     except FileNotFoundError:
         raise InputError(
-            f"{path} does not exist: the clip was made without {path.stem}; make the dataset with `orrery sim`, without "
-            f"--without {path.stem}"
+            f"{path} does not exist: the clip was made without {path.stem}; make the dataset with `orrery sim` and "
+            f"without --without {path.stem}"
         ) from None
     except (OSError, ValueError, IndexError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None

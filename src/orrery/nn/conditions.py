@@ -3,7 +3,7 @@
 A new kind of condition is one field of `Conditions` and one module that consumes it (arXiv 2511.00062).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,8 +66,8 @@ class Conditions:
 class Control(Protocol):
     """A control branch with its signal and weight (see nn.control): what it adds to the base's tokens, by block."""
 
-    def residuals(self, state: "BaseState") -> Mapping[int, Tensor]:
-        """Block index -> [B, T, H, W, D], added after that block."""
+    def residuals(self, state: "BaseState") -> Iterable[tuple[int, Tensor]]:
+        """(block index, [B, T, H, W, D] that is added after that block)."""
         ...
 
 

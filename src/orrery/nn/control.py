@@ -8,7 +8,7 @@ the branch's weight. Both projections begin at zero. Parameter names are the pub
 section 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -59,6 +59,8 @@ class ControlBranch(nn.Module):
         super().__init__()
         if config.places[-1] >= base.depth:
             raise ValueError(f"a branch at base blocks {config.places} needs a deeper base than {base.depth} blocks")
+        if config.channels < base.latent_channels:
+            raise ValueError(f"control latents have {base.latent_channels} channels, channels is {config.channels}")
         self.base, self.config = base, config
         masks = base.input_channels - base.latent_channels
         self.control_embedder = PatchEmbedding(config.channels + masks, base.patch, base.width)
@@ -90,20 +92,20 @@ class ControlBranch(nn.Module):
         """Keys and values of a projected text (`TextContext.context`) in every block of the branch."""
         return tuple(cast(ControlBlock, block).keys_values(context) for block in self.control_blocks)
 
-    def forward(self, latents: Tensor, state: BaseState, text: tuple[KeysValues, ...] | None = None) -> list[Tensor]:
-        """What the branch would add after each of its places: [B, T, H, W, D] each.
+    def forward(
+        self, latents: Tensor, state: BaseState, text: tuple[KeysValues, ...] | None = None
+    ) -> Iterator[Tensor]:
+        """What the branch would add after each of its places: [B, T, H, W, D] each, one after the other.
 
         latents: of the control video [B or 1, at most `channels`, T, H, W]. text: `encode_text` of the pass's text.
         """
         x = self.control_embedder(self._input(latents, state))
-        hints = []
         for index, block in enumerate(cast("list[ControlBlock]", self.control_blocks)):
             if block.before_proj is not None:
                 x = block.before_proj(x) + state.tokens
             layer = text[index] if text is not None else block.keys_values(state.context)
             x = block(x, state.embedding, state.shared, layer, state.rope)
-            hints.append(block.after_proj(x))
-        return hints
+            yield block.after_proj(x)
 
     def _input(self, latents: Tensor, state: BaseState) -> Tensor:
         batch, channels = state.masks.shape[0], self.config.channels
@@ -128,18 +130,19 @@ class ActiveControl:
     latents: Tensor
     weight: float | Tensor = 1.0
 
-    def residuals(self, state: BaseState) -> Mapping[int, Tensor]:
-        """Block index -> weighted [B, T, H, W, D]."""
+    def residuals(self, state: BaseState) -> Iterator[tuple[int, Tensor]]:
+        """(block index, weighted [B, T, H, W, D]), one after the other, so that few are held at once."""
         weight = self.weight
         if not isinstance(weight, Tensor):
             if weight == 0:
-                return {}
+                return
             weight = torch.tensor(float(weight), device=state.tokens.device)
         elif weight.shape[0] not in (1, state.tokens.shape[0]) or weight.shape[1:] != state.tokens.shape[1:4]:
             grid = list(state.tokens.shape[:4])
             raise ValueError(f"a weight map must be {grid} (or a batch of 1), got {list(weight.shape)}")
         else:
             weight = weight[..., None]
-        hints = self.branch(self.latents, state)
         weight = weight.to(state.tokens.dtype)
-        return {place: weight * hint for place, hint in zip(self.branch.config.places, hints, strict=True)}
+        hints = self.branch(self.latents, state)
+        for place in self.branch.config.places:
+            yield place, weight * next(hints)  # no name keeps it alive while the next block computes

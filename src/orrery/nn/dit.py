@@ -7,7 +7,7 @@ The parameter names are those of the published files without their `net.` prefix
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -275,12 +275,13 @@ class FinalLayer(nn.Module):
         return self.linear(modulated_norm(x.to(embedding.dtype), shift, scale))
 
 
-def _summed(branches: Iterable[Mapping[int, Tensor]]) -> dict[int, Tensor]:
-    """What all control branches add, by block: a branch's share is let go of before the next one computes."""
+def _summed(branches: Iterable[Iterable[tuple[int, Tensor]]]) -> dict[int, Tensor]:
+    """What all control branches add, by block: a branch's share is let go of as soon as it is added."""
     total: dict[int, Tensor] = {}
     for branch in branches:
-        for index, value in branch.items():
+        for index, value in branch:
             total[index] = total[index] + value if index in total else value
+            del value
     return total
 
 

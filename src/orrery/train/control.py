@@ -76,7 +76,7 @@ class ControlTask(FlowTask):
         self, recipe: ControlRecipe, train: ClipDataset, heldout: ClipDataset, random: Randomness, device: torch.device
     ) -> None:
         _check_strength(recipe.control)
-        self.files = find_model(recipe.base)
+        self.files = find_model(recipe.base, controls=())
         self.frozen = load_model(self.files, device)
         self.base = nn.ModuleDict({"transformer": self.frozen.transformer, "text": self.frozen.text})
         super().__init__(recipe, train, heldout, random, device)

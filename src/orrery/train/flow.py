@@ -99,6 +99,7 @@ class FlowTask:
         self.order = ShuffledOrder(len(train), recipe.seed)
         text = self._base(self.model)["text"]  # type: ignore[index]
         assert isinstance(text, TextEncoder)
+        self.tokenizer = text.reader.tokenizer
         sides = range(self.cache.latents.shape[1])
         whole = [[pair[side] for pair in self.cache.captions] for side in sides]
         short = [[caption.rpartition(", ")[0] or caption for caption in captions] for captions in whole]

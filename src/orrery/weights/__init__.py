@@ -7,6 +7,7 @@ A model folder of ours:
     vae.safetensors           the VAE
     text.safetensors          the text encoder
     tokenizer.json            its tokenizer
+    control-KIND.safetensors  a control branch beside the DiT, of those that config.json lists
     README.md                 the model card
 
 `find_model` finds a model (a name, a folder, an official .pt, a diffusers directory, a hub repository); `load_model`
@@ -17,14 +18,15 @@ it can be asked without waiting for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from orrery.weights.catalogue import ASPECTS, CATALOGUE, SIZES, ModelEntry, find_entry, size_of
+from orrery.weights.catalogue import ASPECTS, CATALOGUE, KINDS, SIZES, ModelEntry, control_kind, find_entry, size_of
 
 if TYPE_CHECKING:
     from orrery.weights.config import ModelConfig, Sampling
     from orrery.weights.conversion import convert
     from orrery.weights.lora import Lora, merge, read_lora
-    from orrery.weights.sources import ModelFiles, find_model
-    from orrery.weights.store import Model, load_model, load_part, model_hash, save_model
+    from orrery.weights.parts import ModelFiles
+    from orrery.weights.sources import find_model
+    from orrery.weights.store import Model, load_model, load_part, model_hash, part_hash, save_control, save_model
 
 _HOMES = {
     "ModelConfig": "config",
@@ -33,17 +35,20 @@ _HOMES = {
     "Lora": "lora",
     "merge": "lora",
     "read_lora": "lora",
-    "ModelFiles": "sources",
+    "ModelFiles": "parts",
     "find_model": "sources",
     "Model": "store",
     "load_model": "store",
     "load_part": "store",
     "model_hash": "store",
+    "part_hash": "store",
+    "save_control": "store",
     "save_model": "store",
 }
 __all__ = [
     "ASPECTS",
     "CATALOGUE",
+    "KINDS",
     "SIZES",
     "Lora",
     "Model",
@@ -51,6 +56,7 @@ __all__ = [
     "ModelEntry",
     "ModelFiles",
     "Sampling",
+    "control_kind",
     "convert",
     "find_entry",
     "find_model",
@@ -58,7 +64,9 @@ __all__ = [
     "load_part",
     "merge",
     "model_hash",
+    "part_hash",
     "read_lora",
+    "save_control",
     "save_model",
     "size_of",
 ]

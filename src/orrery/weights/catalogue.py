@@ -1,8 +1,10 @@
-"""The models that have a name, and where their files lie. Specification of the base model, section 2.3.
+"""The models that have a name, and where their files lie. Specifications: of the base model, section 2.3, and of
+Transfer, sections 1.7 and 3.
 
 No torch is imported here: `orrery models` answers at once.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -21,6 +23,15 @@ NEGATIVE_PROMPT = (
     "color banding, unnatural transitions, outdated special effects, fake elements, unconvincing visuals, poorly "
     "edited content, jump cuts, visual noise, and flickering. Overall, the video is of poor quality."
 )
+# For Cosmos-Transfer2.5. The official code has another text there, about the look of a video game; this one is ours, in
+# that spirit, and not the official wording.
+TRANSFER_NEGATIVE_PROMPT = (
+    "The video looks like a video game or a cheap computer animation instead of a camera's recording: flat shading, "
+    "coarse geometry, plastic textures, wrong lighting and shadows, jagged edges, stiff and unnatural motion. Overall, "
+    "the video is of poor quality."
+)
+KINDS = ("edge", "blur", "depth", "seg")  # of control videos, in the published order
+KIND_ALIASES = {"vis": "blur"}  # the official code's name
 # (H, W) by resolution and aspect ratio (width to height). Specification, section 4.5.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
     "256": {"1:1": (256, 256), "4:3": (256, 320), "3:4": (320, 256), "16:9": (192, 320), "9:16": (320, 192)},
@@ -54,19 +65,37 @@ class ModelEntry:
     """A named model.
 
     folder: of a model that comes with the package. weights: the transformer of a published one; its VAE and its text
-    encoder are the COMPONENTS. network: preset of the transformer. sampling: what differs from `Sampling`'s defaults.
-    unsupported: why it cannot be loaded yet.
+    encoder are the COMPONENTS. controls: the published control branches by kind; each file holds the branch and the
+    base beside which it was trained, the same base in all. network: preset of the transformer. sampling: what differs
+    from `Sampling`'s defaults. unsupported: why it cannot be loaded yet.
     """
 
     name: str
     summary: str
     folder: Path | None = None
     weights: HubFiles | None = None
+    controls: Mapping[str, HubFiles] = field(default_factory=dict)
     network: str = "2b"
     network_options: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     text_only: bool = False
     unsupported: str = ""
+
+    @property
+    def files(self) -> tuple[HubFiles, ...]:
+        """The published files of its own weights."""
+        return tuple(self.controls.values()) or ((self.weights,) if self.weights else ())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of control that it follows, in the order of KINDS."""
+        if self.folder is None:
+            return tuple(kind for kind in KINDS if kind in self.controls)
+        try:
+            listed = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("controls", {})
+        except (OSError, ValueError):  # to be told when it is loaded
+            return ()
+        return tuple(kind for kind in KINDS if kind in listed)
 
     @property
     def state(self) -> str:
@@ -77,30 +106,46 @@ class ModelEntry:
             return "not supported yet"
         from orrery.weights.hub import cached_file
 
-        assert self.weights is not None and self.weights.file is not None
-        here = cached_file(self.weights.repo, self.weights.file, self.weights.revision)
+        files = self.files
+        here = sum(cached_file(each.repo, each.file or "", each.revision) is not None for each in files)
+        if 0 < here < len(files):
+            return f"{here} of {len(files)} downloaded"
         return "downloaded" if here else "not downloaded"
 
     @property
     def size(self) -> float:
-        """Bytes of its own weights: of the files in the package, or of the published file."""
+        """Bytes of its own weights: of the files in the package, or of the published files."""
         if self.folder is not None:
             return float(sum(file.stat().st_size for file in self.folder.glob("*.safetensors")))
-        return self.weights.size if self.weights else 0.0
+        return sum(each.size for each in self.files)
 
 
 _2B, _14B, _EXPERIMENTAL = "nvidia/Cosmos-Predict2.5-2B", "nvidia/Cosmos-Predict2.5-14B", "nvidia/Cosmos-Experimental"
+_TRANSFER = "nvidia/Cosmos-Transfer2.5-2B"
 _SIZE_2B, _SIZE_14B = 4.12 * GB, 28.74 * GB
 _MAIN_2B = "15a82a2ec231bc318692aa0456a36537c806e7d4"
 _POST = {"schedule": "karras", "conditional_timestep": 0.1}
 _DISTILLED = {"solver": "renoise", "schedule": "distilled", "steps": 4, "guidance": 0.0, "exact_times": True}
 _DISTILLED |= {"conditional_timestep": 0.1}
+_GUIDED = {"guidance": 3.0, "negative_prompt": TRANSFER_NEGATIVE_PROMPT}
+_TRANSFER_V1 = "bd963eabcfc2d61dc4ea365cacf41d45ac480aa5"
+# Of a base and its branch in bfloat16, counted from their shapes: without and with image context.
+_SIZE_TRANSFER, _SIZE_IMAGE = 4.72 * GB, 5.53 * GB
 _ACTIONS, _VIEWS, _CAMERAS = "action conditioning", "multi-view", "camera conditioning"
 
 
 def _published(name: str, repo: str, file: str, revision: str | None, summary: str, **more: Any) -> ModelEntry:
     size = _SIZE_14B if more.get("network") == "14b" else _SIZE_2B
     return ModelEntry(name, summary, weights=HubFiles(repo, revision, file, size=size), **more)
+
+
+def _transfer(name: str, files: Mapping[str, tuple[str, str]], summary: str, size: float, **more: Any) -> ModelEntry:
+    """files: kind -> (folder/identifier, revision)."""
+    controls = {
+        kind: HubFiles(_TRANSFER, revision, f"{file}_ema_bf16.pt", size=size)
+        for kind, (file, revision) in files.items()
+    }
+    return ModelEntry(name, summary, weights=next(iter(controls.values())), controls=controls, **more)
 
 
 _ENTRIES = (
@@ -177,6 +222,47 @@ _ENTRIES = (
         "predict2.5-2b-37k", _EXPERIMENTAL, "24a3b7b8-6a3d-432d-b7d1-5d30b9229465/model_ema_bf16.pt",
         "9a02ed8daa8c6c7718ac09da06488bfd1d363cb6", "2B, the frozen base under Cosmos-Transfer2.5, experimental",
     ),
+    _transfer(
+        "transfer2.5-2b",
+        {
+            "edge": ("general/edge/61f5694b-0ad5-4ecd-8ad7-c8545627d125", "b67b64abda3801a9aceddbff2bdb86126c06db74"),
+            "blur": ("general/blur/ba2f44f2-c726-4fe7-949f-597069d9b91c", "eb5325b77d358944da58a690157dd2b8071bbf85"),
+            "depth": ("general/depth/626e6618-bfcd-4d9a-a077-1409e2ce353f", "dea7737ca29dd8d9086413c6dc5724b8250a0bb4"),
+            "seg": ("general/seg/5136ef49-6d8d-42e8-8abf-7dac722a304a", "23057a4167b89de89a4a397fdbf3887994d115eb"),
+        },
+        "2B that follows a control video; with one control also a reference image", _SIZE_IMAGE,
+        network_options={"image_context": 1152}, sampling=_GUIDED,
+    ),
+    _transfer(
+        "transfer2.5-2b-v1",
+        {
+            "edge": ("general/edge/ecd0ba00-d598-4f94-aa09-e8627899c431", _TRANSFER_V1),
+            "blur": ("general/blur/20d9fd0b-af4c-4cca-ad0b-f9b45f0805f1", _TRANSFER_V1),
+            "depth": ("general/depth/0f214f66-ae98-43cf-ab25-d65d09a7e68f", _TRANSFER_V1),
+            "seg": ("general/seg/fcab44fe-6fe7-492e-b9c6-67ef8c1a52ab", _TRANSFER_V1),
+        },
+        "its first release, without reference images", _SIZE_TRANSFER, sampling=_GUIDED,
+    ),
+    _transfer(  # its timestep_scale of 1 is of times in 0..1; the default's 0.001 of our 0..1000 is the same number
+        "transfer2.5-2b-edge-distilled",
+        {
+            "edge": (
+                "distilled/general/edge/41f07f13-f2e4-4e34-ba4c-86f595acbc20",
+                "bbaeedb2b57cc8b14a44653099e2551adb69dcc7",
+            )
+        },
+        "2B that follows edges, distilled to 4 steps without guidance", _SIZE_TRANSFER,
+        network_options={"fp32_modulation": False}, sampling=_DISTILLED,
+    ),
+    _published(
+        "transfer2.5-2b-multiview", _TRANSFER, "auto/multiview/4ecc66e9-df19-4aed-9802-0d11e057287a_ema_bf16.pt",
+        "00c591edab119e8a6ca06e6e091351a04ce0ecc9", "2B for driving: 7 views after world-scenario maps",
+        unsupported=_VIEWS,
+    ),
+    _published(
+        "transfer2.5-2b-multiview-v1", _TRANSFER, "auto/multiview/b5ab002d-a120-4fbf-a7f9-04af8615710b_ema_bf16.pt",
+        _TRANSFER_V1, "its first release", unsupported=_VIEWS,
+    ),
 )  # fmt: skip
 CATALOGUE = {entry.name: entry for entry in _ENTRIES}
 
@@ -188,6 +274,9 @@ COMPONENTS = {
         "3210bec0495fdc7a8d3dbb8d58da5711eab4b423",
         patterns=("*.safetensors", "*.json"),
         size=16.6 * GB,
+    ),
+    "siglip2": HubFiles(
+        "google/siglip2-so400m-patch16-naflex", None, patterns=("*.safetensors", "config.json"), size=4.5 * GB
     ),
 }
 NATIVE: dict[str, Any] = {"fps": 16.0, "frames": 93, "resolution": (704, 1280)}
@@ -219,12 +308,30 @@ def supported() -> list[str]:
 
 def entry_of_file(path: Path) -> ModelEntry | None:
     """The entry whose published file this is, by the identifier in its name."""
-    for entry in CATALOGUE.values():
-        if entry.weights and entry.weights.file:
-            identifier = next((part for part in reversed(entry.weights.file.split("/")) if part.count("-") >= 4), "")
-            if identifier and identifier.removesuffix("_ema_bf16.pt") in str(path):
-                return entry
-    return None
+    return next((entry for entry in CATALOGUE.values() if any(_is_of(path, files) for files in entry.files)), None)
+
+
+def control_of_file(path: Path) -> str | None:
+    """The kind of the published control branch that this file holds, by the identifier in its name."""
+    pairs = [pair for entry in CATALOGUE.values() for pair in entry.controls.items()]
+    return next((kind for kind, files in pairs if _is_of(path, files)), None)
+
+
+def _is_of(path: Path, files: HubFiles) -> bool:
+    identifier = next((part for part in reversed((files.file or "").split("/")) if part.count("-") >= 4), "")
+    return bool(identifier) and identifier.removesuffix("_ema_bf16.pt") in str(path)
+
+
+def control_kind(name: str) -> str:
+    """The kind of control video of that name: one of KINDS; "vis", as the official code says, is "blur".
+
+    Raises:
+        InputError: no such kind.
+    """
+    kind = KIND_ALIASES.get(name, name)
+    if kind not in KINDS:
+        raise InputError(f"the control is {name!r}; allowed are {', '.join(KINDS)} (vis is another name of blur)")
+    return kind
 
 
 def size_of(resolution: str, aspect: str = "16:9") -> tuple[int, int]:

@@ -9,10 +9,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 from orrery.errors import InputError, one_line
+from orrery.nn.control import ControlBranch, ControlConfig
 from orrery.nn.dit import DiTConfig
 from orrery.nn.text import TextConfig
 from orrery.nn.vae import VAEConfig
+from orrery.weights.catalogue import KINDS, control_kind
 
 SOLVERS = ("unipc", "euler", "renoise")
 SCHEDULES = ("shift", "karras", "distilled")
@@ -59,7 +63,8 @@ class ModelConfig:
     trained at; outside them `generate` warns, but for a model that names none. any_length: shorter videos are drawn at
     their own length; otherwise a native one is drawn and cut. text_only: it was published for Text2World alone.
     vae_dtype: of the VAE on a GPU; on a CPU it is float32. shared: parts ("vae", "text") that lie not in the model's
-    folder but are components of the catalogue, by name. training: where the weights come from; not interpreted.
+    folder but are components of the catalogue, by name. controls: the control branches beside the transformer, by kind
+    (in the order of KINDS). training: where the weights come from; not interpreted.
     """
 
     transformer: DiTConfig
@@ -74,6 +79,7 @@ class ModelConfig:
     text_only: bool = False
     vae_dtype: str = "float32"
     shared: Mapping[str, str] = field(default_factory=dict)
+    controls: Mapping[str, ControlConfig] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,6 +103,13 @@ class ModelConfig:
                 f"the transformer has {self.transformer.latent_channels} latent channels, "
                 f"the VAE {self.vae.latent_channels}"
             )
+        object.__setattr__(self, "controls", _ordered(self.controls))
+        for kind, control in self.controls.items():
+            try:
+                with torch.device("meta"):
+                    ControlBranch(self.transformer, control)
+            except ValueError as error:
+                raise ValueError(f"control {kind}: {error}") from error
 
     def with_conventions(self, conventions: str | None) -> "ModelConfig":
         """The same weights under the numerical conventions of the official code or of diffusers; None: as it is.
@@ -129,10 +142,24 @@ class ModelConfig:
         parts = {"transformer": DiTConfig, "vae": VAEConfig, "text": TextConfig, "sampling": Sampling}
         _check_keys(ModelConfig, values, "config.json")
         built: dict[str, Any] = {name: _dataclass(part, values[name], name) for name, part in parts.items()}
+        controls = values.get("controls", {})
+        if not isinstance(controls, Mapping):
+            raise ValueError(f"controls must be a table of branches by kind, got {controls!r}")
+        built["controls"] = {
+            kind: _dataclass(ControlConfig, branch, f"control {kind}") for kind, branch in controls.items()
+        }
         return ModelConfig(**dict(values) | built)
 
 
 T = TypeVar("T")
+
+
+def _ordered(controls: Mapping[str, ControlConfig]) -> dict[str, ControlConfig]:
+    """By the names and in the order of KINDS."""
+    named = {control_kind(name): control for name, control in controls.items()}
+    if len(named) < len(controls):
+        raise ValueError(f"controls names a kind twice: {', '.join(controls)}")
+    return {kind: named[kind] for kind in KINDS if kind in named}
 
 
 def _check_keys(kind: type, values: Any, where: str) -> None:

@@ -60,6 +60,11 @@ WRAPPERS = ("model", "module", "state_dict")  # of official converters: the weig
 # Keys of official files that are no weights: counters, rotary tables, what TransformerEngine adds.
 OFFICIAL_EXTRA = re.compile(r"^(accum_\w+|pos_embedder\.\w+|.*_extra_state)$")
 
+# What a file of Cosmos-Transfer2.5 holds beside the base: its control branch, and what cross-attention to a reference
+# image takes (in the base and in the branch; diffusers has the same names).
+CONTROL_KEYS = re.compile(r"^control_(blocks|embedder)\.")
+IMAGE_KEYS = re.compile(r"(^|\.)(img_context_proj|[qkv]_img|[qk]_img_norm)\.")
+
 # The language tower inside the files of Qwen2.5-VL, from the newest way of saving it to the oldest.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 TEXT_EXTRA = re.compile(r"^(.*\bvisual\..*|(.*\.)?lm_head\.weight|.*rotary_emb\.inv_freq)$")
@@ -118,6 +123,11 @@ def official_prefix(keys: Collection[str]) -> str:
 def text_prefix(keys: Collection[str]) -> str:
     """Where the language tower is in a file of Qwen2.5-VL; "model." if nowhere (the missing keys then say so)."""
     return next((p for p in TEXT_PREFIXES if f"{p}embed_tokens.weight" in keys), "model.")
+
+
+def vision_prefix(keys: Collection[str]) -> str:
+    """Where the vision tower is in a file of SigLIP 2: in a whole model, or by itself."""
+    return "vision_model." if any(key.startswith("vision_model.") for key in keys) else ""
 
 
 def unwrapped(weights: Mapping[str, object]) -> Mapping[str, object]:

@@ -1,26 +1,29 @@
-"""Official checkpoints: what their keys say about the network, and writing them. Specification, section 2.1."""
+"""Official checkpoints: what their keys say about the networks, and writing them. Specification, section 2.1; of the
+control branches, specification of Transfer, section 1.5."""
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from orrery.errors import InputError, note
+from orrery.nn.control import ControlConfig
 from orrery.nn.dit import DiTConfig
-from orrery.weights.layouts import OFFICIAL_EXTRA, official_buffers, official_prefix
+from orrery.weights.layouts import CONTROL_KEYS, OFFICIAL_EXTRA, official_buffers, official_prefix
 from orrery.weights.lora import split_adapters
 
 # Parameters that only a variant has, and what it is called.
 VARIANTS = (
-    (re.compile(r"(^|\.)control_blocks?\."), "a control branch (Cosmos-Transfer2.5)"),
-    (re.compile(r"(^|\.)control_embedder\."), "a control branch (Cosmos-Transfer2.5)"),
-    (re.compile(r"(^|\.)view_embeddings\."), "a multi-view model"),
+    (re.compile(r"^control_(blocks_\d+|embedder\.\d+)\."), "a file of several control branches"),
+    (re.compile(r"(^|\.)(view_embeddings|cross_view_attn|adaln_view_embedder)\."), "a multi-view model"),
+    (re.compile(r"^input_hint_block\."), "a multi-view model"),
     (re.compile(r"(^|\.)action_embedder"), "an action-conditioned model"),
     (re.compile(r"(^|\.)cam_encoder\."), "a camera-conditioned model"),
 )
+T = TypeVar("T")
 COUNTERS = re.compile(r"^accum_\w+$")
 
 
@@ -34,6 +37,12 @@ def official_weights(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[st
         note(f"{where} holds trained and averaged weights: the averaged ones are taken, as the official code does")
     weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     return split_adapters({key: value for key, value in weights.items() if not OFFICIAL_EXTRA.match(key)})
+
+
+def split_branch(weights: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """The base's weights, and those of the control branch that the same file holds, by our names."""
+    branch = {key: value for key, value in weights.items() if CONTROL_KEYS.match(key)}
+    return {key: value for key, value in weights.items() if key not in branch}, branch
 
 
 def counters(tensors: Mapping[str, Tensor]) -> dict[str, int | float]:
@@ -85,7 +94,7 @@ def infer_transformer(shapes: Mapping[str, tuple[int, ...]], like: DiTConfig, wh
         out = shapes["final_layer.linear.weight"][0]
     except (KeyError, ValueError) as error:
         raise InputError(f"{where} holds no transformer of this family: it lacks {error}") from None
-    text = shapes.get("crossattn_proj.0.weight")
+    text, image = shapes.get("crossattn_proj.0.weight"), shapes.get("img_context_proj.0.weight")
     volume = math.prod(like.patch)
     latent, channels = out // volume, patched // volume
     if channels - latent not in (1, 2):
@@ -111,4 +120,32 @@ def infer_transformer(shapes: Mapping[str, tuple[int, ...]], like: DiTConfig, wh
         timestep_scale=like.timestep_scale,
         padding_mask=channels - latent == 2,
         fp32_modulation=like.fp32_modulation,
+        image_context=image[1] if image else 0,
     )
+
+
+def infer_control(shapes: Mapping[str, tuple[int, ...]], base: DiTConfig, where: str) -> ControlConfig:
+    """The config of a branch beside `base` that a file's shapes speak of. Which blocks of the base it acts on no file
+    says: they are spread evenly, as in the published ones.
+
+    shapes: by our names.
+
+    Raises:
+        InputError: no branch that could stand beside this base.
+    """
+    try:
+        patched = shapes["control_embedder.proj.1.weight"][1]
+    except KeyError as error:
+        raise InputError(f"{where} holds no whole control branch: it lacks {error}") from None
+    numbers = [int(match[1]) for key in shapes if (match := re.match(r"control_blocks\.(\d+)\.", key))]
+    blocks = 1 + max(numbers, default=-1)
+    channels = patched // math.prod(base.patch) - (base.input_channels - base.latent_channels)
+    try:
+        return ControlConfig(blocks, even_spread(blocks, base), channels)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def even_spread(blocks: int, base: DiTConfig) -> int:
+    """`every` of a branch of so many blocks that are spread evenly over the base's."""
+    return max(1, base.depth // max(1, blocks))

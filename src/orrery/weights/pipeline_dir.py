@@ -1,22 +1,30 @@
-"""A diffusers directory of Cosmos2_5_PredictBasePipeline: its config files read as ours, and ours written as its.
+"""A diffusers directory of Cosmos2_5_PredictBasePipeline, or of Cosmos2_5_TransferPipeline with its control network:
+its config files read as ours, and ours written as its.
 
-Weights are renamed by `layouts`; here are only the JSON files around them. Specification, sections 2.2, 3, 5 and 6.
+Weights are renamed by `layouts`; here are only the JSON files around them. Specification, sections 2.2, 3, 5 and 6; of
+Transfer, section 1.5.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orrery.errors import InputError, note, one_line
-from orrery.nn.dit import DiTConfig
+from orrery.nn.control import ControlConfig
+from orrery.nn.dit import IMAGE_TOKENS, DiTConfig
+from orrery.nn.image import ImageConfig
 from orrery.nn.text import CHAT_TEMPLATE, TextConfig
 from orrery.nn.vae import VAEConfig
 from orrery.weights.catalogue import NEGATIVE_PROMPT
 from orrery.weights.config import ModelConfig, Sampling
+from orrery.weights.official import even_spread
 
 INDEX = "model_index.json"
-PIPELINE = "Cosmos2_5_PredictBasePipeline"
+SIDECAR = "orrery.json"  # beside it, where we wrote the directory: our whole config
+PIPELINE, TRANSFER = "Cosmos2_5_PredictBasePipeline", "Cosmos2_5_TransferPipeline"
 FOLDERS = {"transformer": "transformer", "vae": "vae", "text": "text_encoder"}
+CONTROLNET = "controlnet"
 TEXT_CLASSES = ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLTextModel", "Qwen2_5_VLModel")
 TEXT_LENGTH = 512
 
@@ -32,7 +40,7 @@ class _Options(dict[str, Any]):
         raise InputError(f"{self.path} lacks the key {key!r}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> _Options:
     """A JSON object of a file, or an InputError that names it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -54,14 +62,15 @@ def read_pipeline(folder: Path, text_folder: Path | None = None) -> ModelConfig:
         InputError: another pipeline, a missing file, an option that this library has no equal of.
     """
     index = read_json(folder / INDEX)
-    if index.get("_class_name") != PIPELINE:
-        raise InputError(f"{folder} holds a {index.get('_class_name')}; allowed is {PIPELINE}")
+    kind = index.get("_class_name")
+    if kind not in (PIPELINE, TRANSFER):
+        raise InputError(f"{folder} holds a {kind}; allowed is {PIPELINE} or {TRANSFER}")
     try:
         return ModelConfig(
             transformer=transformer_config(folder / "transformer" / "config.json"),
             vae=vae_config(folder / "vae" / "config.json"),
             text=text_config(text_folder or folder / "text_encoder", (text_folder or folder / "tokenizer")),
-            sampling=_sampling(folder / "scheduler" / "scheduler_config.json"),
+            sampling=_sampling(folder / "scheduler" / "scheduler_config.json", transfer=kind == TRANSFER),
             fps=16.0,
             frames=93,
             resolution=(704, 1280),
@@ -79,14 +88,12 @@ def transformer_config(path: Path) -> DiTConfig:
     given = read_json(path)
     if given.get("_class_name", "CosmosTransformer3DModel") != "CosmosTransformer3DModel":
         raise InputError(f"{path} is of a {given['_class_name']}; allowed is CosmosTransformer3DModel")
-    for key, why in (
-        ("controlnet_block_every_n", "a control branch"),
-        ("img_context_dim_in", "image context"),
-        ("extra_pos_embed_type", "learnable position embeddings"),
-    ):
-        if given.get(key) is not None:
-            raise InputError(f"{path}: {key} is {given[key]!r}: {why} is not supported yet")
+    _no_learnt_positions(given)
     heads, dim = given["num_attention_heads"], given["attention_head_dim"]
+    image = given.get("img_context_dim_in") or 0
+    for key, needed in (("img_context_dim_out", heads * dim), ("img_context_num_tokens", IMAGE_TOKENS)):
+        if image and given.get(key, needed) != needed:
+            raise InputError(f"{path}: {key} is {given[key]!r}; it must be {needed}")
     return DiTConfig(
         latent_channels=given["in_channels"] - 1,
         width=heads * dim,
@@ -104,11 +111,18 @@ def transformer_config(path: Path) -> DiTConfig:
         rope_ratios=tuple(given["rope_scale"]),
         rope_bf16=False,
         padding_mask=given["concat_padding_mask"],
+        image_context=image,
     )
 
 
-def transformer_json(config: DiTConfig) -> dict[str, Any]:
-    """config.json of a CosmosTransformer3DModel with the weights of this network.
+def _no_learnt_positions(given: _Options) -> None:
+    if given.get("extra_pos_embed_type") is not None:
+        kind = given["extra_pos_embed_type"]
+        raise InputError(f"{given.path}: extra_pos_embed_type is {kind!r}: learnt positions are not supported")
+
+
+def transformer_json(config: DiTConfig, control: ControlConfig | None = None) -> dict[str, Any]:
+    """config.json of a CosmosTransformer3DModel with the weights of this network, and with a branch beside it or none.
 
     Raises:
         InputError: an option that diffusers has no equal of.
@@ -119,7 +133,11 @@ def transformer_json(config: DiTConfig) -> dict[str, Any]:
             raise InputError(f"diffusers knows no transformer with {key} = {getattr(config, key)}; it must be {needed}")
     if not config.adaln_rank:
         raise InputError("diffusers knows no transformer of full-rank modulation (adaln_rank 0)")
-    return {
+    more: dict[str, Any] = {"controlnet_block_every_n": control.every} if control else {}
+    if config.image_context:
+        more |= {"img_context_dim_in": config.image_context, "img_context_num_tokens": IMAGE_TOKENS}
+        more["img_context_dim_out"] = config.width
+    return more | {
         "_class_name": "CosmosTransformer3DModel",
         "in_channels": config.latent_channels + 1,
         "out_channels": config.latent_channels,
@@ -137,6 +155,51 @@ def transformer_json(config: DiTConfig) -> dict[str, Any]:
         "use_crossattn_projection": config.text_projection,
         "crossattn_proj_in_channels": config.text_dim,
         "encoder_hidden_states_channels": config.context_dim,
+    }
+
+
+def known_control(folder: Path) -> tuple[str | None, int | None]:
+    """Of a directory's control network: its kind, where we wrote it, and `every`, where the transformer says it."""
+    if (folder / SIDECAR).is_file():
+        for kind, control in dict(read_json(folder / SIDECAR).get("controls") or {}).items():
+            return kind, control["every"]
+    path = folder / "transformer" / "config.json"
+    return None, read_json(path).get("controlnet_block_every_n") if path.is_file() else None
+
+
+def control_config(path: Path, base: DiTConfig, every: int | None = None) -> tuple[ControlConfig, bool]:
+    """Of a CosmosControlNetModel's config.json, for a base of this config; and whether it has image context.
+
+    every: base blocks from one of its places to the next; None: its blocks are spread evenly.
+    """
+    given = read_json(path)
+    if given.get("_class_name") != "CosmosControlNetModel":
+        raise InputError(f"{path} is of a {given.get('_class_name')}; allowed is CosmosControlNetModel")
+    _no_learnt_positions(given)
+    blocks, masks = given["n_controlnet_blocks"], base.input_channels - base.latent_channels
+    try:
+        config = ControlConfig(blocks, every or even_spread(blocks, base), given["in_channels"] - masks)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    return config, bool(given.get("img_context_dim_in"))
+
+
+def control_json(control: ControlConfig, base: DiTConfig) -> dict[str, Any]:
+    """config.json of a CosmosControlNetModel with the weights of this branch.
+
+    Raises:
+        InputError: an option that diffusers has no equal of.
+    """
+    if not base.padding_mask:
+        raise InputError("diffusers knows no control network without a padding mask")
+    apart = ("in_channels", "out_channels", "num_layers", "concat_padding_mask", "img_context_num_tokens")
+    shared = {key: value for key, value in transformer_json(base).items() if key not in apart}
+    return shared | {
+        "_class_name": "CosmosControlNetModel",
+        "n_controlnet_blocks": control.blocks,
+        "in_channels": control.channels + base.input_channels - base.latent_channels,
+        "latent_channels": base.input_channels,
+        "model_channels": base.width,
     }
 
 
@@ -253,6 +316,34 @@ def text_json(config: TextConfig) -> dict[str, Any]:
     }
 
 
+def image_config(folder: Path, width: int) -> ImageConfig:
+    """Of the config.json of a SigLIP 2 (or its vision tower) that transformers saved.
+
+    width: of its tokens, as the transformer takes them.
+    """
+    from transformers import AutoConfig
+
+    read_json(folder / "config.json")
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read {folder / 'config.json'}: {one_line(error)}") from error
+    config = getattr(config, "vision_config", None) or config
+    if config.model_type != "siglip2_vision_model":
+        raise InputError(f"{folder} holds an image encoder of kind {config.model_type!r}; allowed is siglip2")
+    if config.hidden_size != width:
+        raise InputError(f"the transformer takes image tokens of width {width}, {folder} gives {config.hidden_size}")
+    return ImageConfig(
+        width=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        mlp=config.intermediate_size,
+        patch=config.patch_size,
+        tokens=config.num_patches,
+        norm_eps=config.layer_norm_eps,
+    )
+
+
 def _pad_token(tokenizer: Path) -> str:
     path = tokenizer / "tokenizer_config.json"
     pad = read_json(path).get("pad_token") if path.is_file() else None
@@ -260,7 +351,7 @@ def _pad_token(tokenizer: Path) -> str:
     return pad or "<|endoftext|>"
 
 
-def _sampling(path: Path) -> Sampling:
+def _sampling(path: Path, transfer: bool) -> Sampling:
     """Of the scheduler's config.json; the rest are the pipeline's own defaults."""
     given = read_json(path)
     kind = given.get("_class_name", "UniPCMultistepScheduler")
@@ -273,7 +364,9 @@ def _sampling(path: Path) -> Sampling:
             f"{path}: sigma_max and sigma_min are {given.get('sigma_max')} and {given.get('sigma_min')}; "
             "known are 200 and 0.01"
         )
-    return Sampling(
+    defaults = Sampling(guidance=3.0, steps=35 if karras else 36) if transfer else Sampling()
+    return replace(
+        defaults,
         schedule="karras" if karras else "shift",
         shift=float(given.get("flow_shift") or 5.0),
         exact_times=True,
@@ -308,7 +401,7 @@ def scheduler_json(sampling: Sampling) -> dict[str, Any]:
 
 
 def model_index(parts: list[str]) -> dict[str, Any]:
-    """model_index.json of a directory that holds these parts ("transformer", "vae", "text")."""
+    """model_index.json of a directory that holds these parts ("transformer", "vae", "text", "controlnet")."""
     from importlib.metadata import version
 
     kinds = {
@@ -318,8 +411,10 @@ def model_index(parts: list[str]) -> dict[str, Any]:
             "text_encoder": ["transformers", "Qwen2_5_VLTextModel"],
             "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         },
+        CONTROLNET: {CONTROLNET: ["diffusers", "CosmosControlNetModel"]},
     }
-    index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": "0.36.0", "safety_checker": [None, None]}
+    pipeline = TRANSFER if CONTROLNET in parts else PIPELINE
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.36.0", "safety_checker": [None, None]}
     for part in parts:
         index |= kinds[part]
     return index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"], "_orrery_version": version("orrery")}

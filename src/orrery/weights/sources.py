@@ -1,11 +1,10 @@
 """Where a model is: a name, a folder, an official file, a diffusers directory or a hub repository, made into its config
-and its three parts. Weights are found or downloaded only when a part is asked for.
+and its parts. Weights are found or downloaded only when a part is asked for.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from orrery.errors import InputError, note, one_line
+from orrery.nn.control import ControlConfig
 from orrery.nn.dit import PRESETS as TRANSFORMERS
 from orrery.nn.dit import DiT, DiTConfig
 from orrery.nn.text import PRESETS as TEXTS
@@ -20,51 +20,37 @@ from orrery.nn.text import TextConfig
 from orrery.nn.vae import PRESETS as VAES
 from orrery.nn.vae import VAEConfig
 from orrery.weights import hub, pipeline_dir
+from orrery.weights.branches import Asked, Controls, asked_controls, choose, own_kind
 from orrery.weights.catalogue import (
     CATALOGUE,
     COMPONENTS,
     NATIVE,
     NEGATIVE_PROMPT,
     SIZES,
+    HubFiles,
     ModelEntry,
+    control_of_file,
     entry_of_file,
     find_entry,
 )
 from orrery.weights.config import ModelConfig, Sampling, read_config
 from orrery.weights.layouts import diffusers_transformer_key
-from orrery.weights.official import counters, infer_transformer, is_diffusers, official_weights
+from orrery.weights.official import (
+    check_variant,
+    counters,
+    infer_control,
+    infer_transformer,
+    is_diffusers,
+    official_weights,
+    split_branch,
+)
+from orrery.weights.parts import BRANCH, PARTS, ModelFiles, Part, file_identity, own_part
+from orrery.weights.pipeline_dir import CONTROLNET, SIDECAR
 from orrery.weights.tensors import read_tensors
 
-PARTS = ("transformer", "vae", "text")
-SIDECAR = "orrery.json"
 SHARED = {"vae": "wan2.1", "text": "reason1-7b"}
 _HUB = re.compile(r"^(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?$")
 _SMALL = ("*.json",)  # in subfolders too
-
-
-@dataclass(frozen=True)
-class Part:
-    """The weights of one network.
-
-    layout: "orrery", "official", "diffusers", "wan" or "qwen": how their keys become ours. find: the file or the folder
-    they are in, downloaded if need be. identity: says which weights they are without reading them.
-    """
-
-    layout: str
-    find: Callable[[], Path]
-    identity: str
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """A model that was found: config and parts. tokenizer: finds the tokenizer.json, or the folder of a tokenizer of
-    transformers. folder: of a model of ours."""
-
-    name: str
-    config: ModelConfig
-    parts: Mapping[str, Part]
-    tokenizer: Callable[[], Path]
-    folder: Path | None = None
 
 
 def find_model(
@@ -74,6 +60,8 @@ def find_model(
     text: str | PathLike[str] | None = None,
     like: str | None = None,
     conventions: str | None = None,
+    controls: Controls | None = None,
+    image: str | PathLike[str] | None = None,
 ) -> ModelFiles:
     """Find a model. A name of the catalogue wins over a folder of that name (write ./NAME for the folder).
 
@@ -84,15 +72,25 @@ def find_model(
             model folder.
         like: for an official .pt, the named model whose sampling and conventions it follows.
         conventions: "official" or "diffusers", instead of those that come with the source.
+        controls: the kinds of control branches to have ("edge", "blur", "depth", "seg"; () for none), default all that
+            the model has; or kind -> where a branch lies (a model folder, an official .pt, a folder of diffusers'
+            CosmosControlNetModel; None: the model's own). They fit one base; another is refused when they are read.
+        image: take the encoder of reference images from this folder of a SigLIP 2.
 
     Raises:
-        InputError: none of these; an unsupported model; a config that cannot be.
+        InputError: none of these; an unsupported model; a config that cannot be; a control that the model lacks.
     """
-    found = _find(str(name_or_path), vae, text, like)
-    return dataclasses.replace(found, config=found.config.with_conventions(conventions))
+    found = _find(str(name_or_path), vae, text, like, asked_controls(controls))
+    config = found.config.with_conventions(conventions)
+    parts = dict(found.parts)
+    if config.transformer.image_context:
+        parts["image"] = _component("siglip2") if image is None else _image_part(Path(image))
+    elif image is not None:
+        raise InputError(f"image={str(image)!r} is for a model with image context; {found.name} has none")
+    return dataclasses.replace(found, config=config, parts=parts)
 
 
-def _find(given: str, vae: Any, text: Any, like: str | None) -> ModelFiles:
+def _find(given: str, vae: Any, text: Any, like: str | None, asked: Asked | None) -> ModelFiles:
     if not given:
         raise InputError(f"the model is ''; allowed are {', '.join(CATALOGUE)}, or a model's folder or file")
     path = Path(given)
@@ -100,25 +98,37 @@ def _find(given: str, vae: Any, text: Any, like: str | None) -> ModelFiles:
         entry = find_entry(given)
         if like is not None:
             raise InputError(f"like={like!r} is for an official file; {given!r} is a name already")
-        return _overridden(_named(entry), vae, text)
+        return _overridden(_named(entry, asked), vae, text)
     if path.is_file():
-        return _official_file(path, vae, text, like)
+        return _official_file(path, vae, text, like, asked)
     if path.is_dir():
-        return _folder(path, vae, text)
+        return choose(_folder(path, vae, text, asked), asked)
     assert hub_match is not None
-    return _overridden(_repository(hub_match["repo"], hub_match["revision"]), vae, text)
+    found = _repository(hub_match["repo"], hub_match["revision"], asked)
+    return choose(_overridden(found, vae, text), asked)
 
 
-def _named(entry: ModelEntry) -> ModelFiles:
+def _named(entry: ModelEntry, asked: Asked | None) -> ModelFiles:
     if entry.folder is not None:
         if not (entry.folder / "config.json").is_file():
             raise InputError(f"the weights of model {entry.name!r} are missing: {entry.folder} holds no config.json")
-        return dataclasses.replace(_own_folder(entry.folder), name=entry.name)
-    weights = entry.weights
-    assert weights is not None and weights.file is not None
-    part = Part("official", _fetcher(weights.repo, weights.file, weights.revision), str(weights))
-    config = _published_config(entry)
-    return ModelFiles(entry.name, config, {"transformer": part} | _components(config), _shared_tokenizer(config))
+        return choose(dataclasses.replace(_own_folder(entry.folder), name=entry.name), asked)
+    assert entry.weights is not None
+    config = _published_config(entry, controls=dict.fromkeys(entry.controls, ControlConfig()))
+    parts = _components(config)
+    for kind, published in entry.controls.items():
+        part = _published_part(published)
+        parts[BRANCH + kind] = dataclasses.replace(part, base=part)
+    if not entry.controls:
+        parts["transformer"] = _published_part(entry.weights)
+    found = choose(ModelFiles(entry.name, config, parts, _shared_tokenizer(config)), asked, bool(entry.controls))
+    training = {"weights": found.parts["transformer"].identity}
+    return dataclasses.replace(found, config=dataclasses.replace(found.config, training=training))
+
+
+def _published_part(files: HubFiles) -> Part:
+    assert files.file is not None
+    return Part("official", _fetcher(files.repo, files.file, files.revision), str(files))
 
 
 def _published_config(entry: ModelEntry, **changes: Any) -> ModelConfig:
@@ -148,7 +158,8 @@ def _component(name: str) -> Part:
     files = COMPONENTS[name]
     if files.file is not None:
         return Part("wan", _fetcher(files.repo, files.file, files.revision), str(files))
-    return Part("qwen", lambda: hub.fetch_folder(files.repo, files.revision, files.patterns), str(files))
+    layout = "siglip2" if name == "siglip2" else "qwen"
+    return Part(layout, lambda: hub.fetch_folder(files.repo, files.revision, files.patterns), str(files))
 
 
 def _components(config: ModelConfig) -> dict[str, Part]:
@@ -165,9 +176,9 @@ def _shared_tokenizer(config: ModelConfig) -> Callable[[], Path]:
     return lambda: hub.fetch_folder(files.repo, files.revision, small) / "tokenizer.json"
 
 
-def _folder(path: Path, vae: Any, text: Any) -> ModelFiles:
+def _folder(path: Path, vae: Any, text: Any, asked: Asked | None) -> ModelFiles:
     if (path / pipeline_dir.INDEX).is_file():
-        return _pipeline(path, vae, text, lambda sub: path / sub, str(path.resolve()))
+        return _pipeline(path, vae, text, asked, lambda sub: path / sub, str(path.resolve()))
     if (path / "config.json").is_file():
         return _overridden(_own_folder(path), vae, text)
     raise InputError(f"{path} is not a model: it holds no config.json and no {pipeline_dir.INDEX}")
@@ -178,24 +189,15 @@ def _own_folder(folder: Path) -> ModelFiles:
     parts = _components(config)
     for name in PARTS:
         if name not in parts:
-            parts[name] = _own_part(folder, name)
+            parts[name] = own_part(folder, name)
+    parts |= {BRANCH + kind: own_part(folder, BRANCH + kind) for kind in config.controls}
     tokenizer = _shared_tokenizer(config) if "text" in config.shared else lambda: folder / "tokenizer.json"
     return ModelFiles(str(folder), config, parts, tokenizer, folder)
 
 
-def _own_part(folder: Path, name: str) -> Part:
-    path = folder / f"{name}.safetensors"
-    return Part("orrery", lambda: path, file_identity(path))
-
-
-def file_identity(path: Path) -> str:
-    """Says which file this is without reading it: place, size and time of change."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    stats = [(file, file.stat()) for file in files if file.is_file()]
-    return "; ".join(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats) or str(path)
-
-
-def _pipeline(folder: Path, vae: Any, text: Any, part_at: Callable[[str], Path], where: str) -> ModelFiles:
+def _pipeline(
+    folder: Path, vae: Any, text: Any, asked: Asked | None, part_at: Callable[[str], Path], where: str
+) -> ModelFiles:
     """A diffusers directory; part_at: the folder of a part, downloaded if need be."""
     text_folder = Path(text) if text is not None and not (Path(text) / "transformer.safetensors").is_file() else None
     if (folder / SIDECAR).is_file():
@@ -210,22 +212,44 @@ def _pipeline(folder: Path, vae: Any, text: Any, part_at: Callable[[str], Path],
         if name not in parts:
             layout = "qwen" if name == "text" else "diffusers"
             parts[name] = Part(layout, lambda sub=sub: part_at(sub), f"{where}/{sub}")  # type: ignore[misc]
+    if (folder / CONTROLNET / "config.json").is_file():
+        config, own = _with_controlnet(config, folder, asked, part_at, where)
+        parts |= own
     tokenizer = _shared_tokenizer(config) if "text" in config.shared else lambda: _tokenizer_in(part_at("tokenizer"))
     return _overridden(ModelFiles(where, config, parts, tokenizer), vae, text)
+
+
+def _with_controlnet(
+    config: ModelConfig, folder: Path, asked: Asked | None, part_at: Callable[[str], Path], where: str
+) -> tuple[ModelConfig, dict[str, Part]]:
+    """With the control network of a diffusers directory, if it is wanted."""
+    known, every = pipeline_dir.known_control(folder)
+    kind = own_kind(asked, known, where)
+    if kind is None:
+        return dataclasses.replace(config, controls={}), {}
+    control, _ = pipeline_dir.control_config(folder / CONTROLNET / "config.json", config.transformer, every)
+    identity = f"{where}/{CONTROLNET}"
+    copies = Part("copies", lambda: part_at(CONTROLNET), f"{identity}, copies")
+    branch = Part("diffusers", lambda: part_at(CONTROLNET), identity, copies)
+    try:
+        return dataclasses.replace(config, controls={kind: control}), {BRANCH + kind: branch}
+    except ValueError as error:
+        raise InputError(f"{where}: {one_line(error)}") from error
 
 
 def _tokenizer_in(folder: Path) -> Path:
     return folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else folder
 
 
-def _repository(repo: str, revision: str | None) -> ModelFiles:
+def _repository(repo: str, revision: str | None, asked: Asked | None) -> ModelFiles:
     names = [e.name for e in CATALOGUE.values() if e.weights and e.weights.repo == repo and not e.unsupported]
     if names and revision is None:
         raise InputError(f"{repo} holds several models; say which: {', '.join(names)}, or {repo}@REVISION")
     folder = hub.fetch_folder(repo, revision, _SMALL)
     where = f"{repo}@{revision or 'main'}"
     if (folder / pipeline_dir.INDEX).is_file():
-        return _pipeline(folder, None, None, lambda sub: hub.fetch_folder(repo, revision, (f"{sub}/*",)) / sub, where)
+        fetch = lambda sub: hub.fetch_folder(repo, revision, (f"{sub}/*",)) / sub  # noqa: E731
+        return _pipeline(folder, None, None, asked, fetch, where)
     if (folder / "config.json").is_file():
         own = _own_folder(folder)
         parts = {
@@ -238,23 +262,31 @@ def _repository(repo: str, revision: str | None) -> ModelFiles:
     raise InputError(f"{where} holds no config.json and no {pipeline_dir.INDEX}: it is no model that can be loaded")
 
 
-def _official_file(path: Path, vae: Any, text: Any, like: str | None) -> ModelFiles:
-    """A transformer in one file, official or of diffusers; VAE and text encoder are the published ones."""
+def _official_file(path: Path, vae: Any, text: Any, like: str | None, asked: Asked | None) -> ModelFiles:
+    """A transformer in one file, official (with a control branch or none) or of diffusers; VAE and text encoder are the
+    published ones."""
     tensors = read_tensors(path)
     layout = "diffusers" if is_diffusers(tensors) else "official"
+    branch: dict[str, tuple[int, ...]] = {}
     if layout == "diffusers":
         named = {diffusers_transformer_key(name): name for name in transformer_names(tensors)}
         shapes = {named[key]: tuple(value.shape) for key, value in tensors.items() if key in named}
     else:
-        shapes = {key: tuple(value.shape) for key, value in official_weights(tensors, str(path))[0].items()}
-    width = shapes.get("x_embedder.proj.1.weight", (0,))[0]
+        whole = {key: tuple(value.shape) for key, value in official_weights(tensors, str(path))[0].items()}
+        check_variant(whole, str(path))
+        shapes, branch = split_branch(whole)
+    kind = own_kind(asked, control_of_file(path), str(path)) if branch else None
     entry = find_entry(like) if like else entry_of_file(path)
     if entry is None:
-        entry = CATALOGUE["predict2.5-14b" if width > 4000 else "predict2.5-2b"]
+        width = shapes.get("x_embedder.proj.1.weight", (0,))[0]
+        family = "transfer2.5-2b" if branch else "predict2.5-14b" if width > 4000 else "predict2.5-2b"
+        entry = CATALOGUE[family]
         note(f"{path.name}: sampled like {entry.name}, the published model of its size (choose another with like)")
     network = dataclasses.replace(TRANSFORMERS[entry.network], **entry.network_options)
     transformer = infer_transformer(shapes, network, str(path))
     changes: dict[str, Any] = {"transformer": transformer, "training": {"weights": str(path)}}
+    if kind is not None:
+        changes["controls"] = {kind: infer_control(branch, transformer, str(path))}
     if vae is not None:
         changes["vae"] = _vae_part(Path(vae))[0]
     if text is not None:
@@ -266,8 +298,11 @@ def _official_file(path: Path, vae: Any, text: Any, like: str | None) -> ModelFi
     except ValueError as error:
         raise InputError(f"{path}: {one_line(error)}") from error
     part = Part(layout, lambda: path, file_identity(path))
-    found = ModelFiles(str(path), config, {"transformer": part} | _components(config), _shared_tokenizer(config))
-    return _overridden(found, vae, text)
+    parts = {"transformer": part} | _components(config)
+    if kind is not None:
+        parts[BRANCH + kind] = dataclasses.replace(part, base=part)
+    found = ModelFiles(str(path), config, parts, _shared_tokenizer(config))
+    return choose(_overridden(found, vae, text), asked, published=bool(branch))
 
 
 def _overridden(files: ModelFiles, vae: Any, text: Any) -> ModelFiles:
@@ -293,7 +328,7 @@ def _vae_part(path: Path) -> tuple[VAEConfig, Part]:
     if path.is_file():
         return VAES["wan2.1"], Part("wan", lambda: path, file_identity(path))
     if (path / "vae.safetensors").is_file():
-        return read_config(path).vae, _own_part(path, "vae")
+        return read_config(path).vae, own_part(path, "vae")
     if (path / pipeline_dir.INDEX).is_file():
         path = path / "vae"
     if (path / "config.json").is_file():
@@ -306,7 +341,7 @@ def _vae_part(path: Path) -> tuple[VAEConfig, Part]:
 def _text_part(path: Path) -> tuple[TextConfig, Part, Callable[[], Path]]:
     """A text encoder by itself: a Qwen2.5-VL folder of transformers, with tokenizer, or the one of a model folder."""
     if (path / "text.safetensors").is_file():
-        return read_config(path).text, _own_part(path, "text"), lambda: path / "tokenizer.json"
+        return read_config(path).text, own_part(path, "text"), lambda: path / "tokenizer.json"
     tokenizer = path
     if (path / pipeline_dir.INDEX).is_file():
         path, tokenizer = path / "text_encoder", path / "tokenizer"
@@ -316,6 +351,13 @@ def _text_part(path: Path) -> tuple[TextConfig, Part, Callable[[], Path]]:
         )
     part = Part("qwen", lambda: path, file_identity(path))
     return pipeline_dir.text_config(path, tokenizer), part, lambda: _tokenizer_in(tokenizer)
+
+
+def _image_part(path: Path) -> Part:
+    """An encoder of reference images by itself: a SigLIP 2 folder of transformers, whole or its vision tower."""
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} holds no image encoder: allowed is a SigLIP 2 folder that transformers saved")
+    return Part("siglip2", lambda: path, file_identity(path))
 
 
 def transformer_names(keys: Iterable[str]) -> list[str]:

@@ -8,8 +8,8 @@ way to a GPU, the host never holds more than the file once.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,19 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from orrery.errors import InputError, one_line
-from orrery.files import atomic_folder
+from orrery.files import atomic_file, atomic_folder
+from orrery.nn.control import ControlBranch
 from orrery.nn.dit import DiT
+from orrery.nn.image import ImageEncoder
 from orrery.nn.text import TextEncoder
 from orrery.nn.vae import VAE
-from orrery.weights.config import ModelConfig
-from orrery.weights.layouts import TEXT_EXTRA, diffusers_transformer_key, diffusers_vae_key, text_key, text_prefix
-from orrery.weights.lora import lora_from_tensors, merged_weights
-from orrery.weights.official import official_weights
-from orrery.weights.sources import PARTS, ModelFiles, Part, find_model
-from orrery.weights.tensors import read_tensors, tensor_files
+from orrery.weights.catalogue import control_kind
+from orrery.weights.config import ModelConfig, read_config
+from orrery.weights.matching import check_same_base, in_layout
+from orrery.weights.parts import BRANCH, PARTS, ModelFiles, Part
+from orrery.weights.pipeline_dir import image_config
+from orrery.weights.sources import find_model
+from orrery.weights.tensors import tensor_files
 
 NAMED_KEYS = 3  # of many, in an error
 HASHED_WHOLE = 256 * 2**20
@@ -38,12 +41,13 @@ SAMPLES, SAMPLE = 64, 2**20
 
 @dataclass(frozen=True)
 class Model:
-    """The three networks of a model and its config."""
+    """The three networks of a model and its config; controls: a branch for each kind of `config.controls`."""
 
     config: ModelConfig
     transformer: DiT
     vae: VAE
     text: TextEncoder
+    controls: Mapping[str, ControlBranch] = field(default_factory=dict)
 
 
 def load_model(
@@ -51,11 +55,11 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """All three networks of a model, in evaluation mode.
+    """All three networks of a model and its control branches, in evaluation mode.
 
     Args:
         name_or_path: what `find_model` takes, or what it returned.
-        device, dtype: of the transformer and the text encoder; the VAE is float32.
+        device, dtype: of the transformer, the branches and the text encoder; the VAE is float32.
 
     Raises:
         InputError: a file is missing or broken; config.json has an unknown key or an impossible value; the weights
@@ -65,15 +69,18 @@ def load_model(
     parts: dict[str, Any] = {
         name: load_part(files, name, device, torch.float32 if name == "vae" else dtype) for name in PARTS
     }
-    return Model(files.config, **parts)
+    controls: Any = {kind: load_part(files, BRANCH + kind, device, dtype) for kind in files.config.controls}
+    return Model(files.config, **parts, controls=controls)
 
 
 def load_part(
     files: ModelFiles, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> nn.Module:
-    """One network of a model ("transformer", "vae" or "text") with its weights, in evaluation mode, frozen.
+    """One network of a model with its weights, in evaluation mode, frozen.
 
-    dtype: None for that of the file. Raises InputError as `load_model` does.
+    name: "transformer", "vae" or "text"; "control-KIND" for a ControlBranch; "image" for the ImageEncoder of a model
+    with image context. dtype: None for that of the file. Raises InputError as `load_model` does, and for a part that
+    the model lacks, or a branch that was trained beside another base.
     """
     module = empty_part(files, name)
     weights = part_weights(files, name, module)
@@ -84,8 +91,15 @@ def load_part(
 def empty_part(files: ModelFiles, name: str) -> nn.Module:
     """The network on the meta device: every shape, no number."""
     config = files.config
+    if name not in files.parts:
+        raise InputError(f"{files.name} has no part {name!r}; it has {', '.join(files.parts)}")
+    image = image_config(files.parts[name].find(), config.transformer.image_context) if name == "image" else None
     try:
         with torch.device("meta"):
+            if image is not None:
+                return ImageEncoder(image)
+            if name.startswith(BRANCH):
+                return ControlBranch(config.transformer, config.controls[name.removeprefix(BRANCH)])
             if name == "text":
                 return TextEncoder(config.text, load_tokenizer(files.tokenizer()))
             return DiT(config.transformer) if name == "transformer" else VAE(config.vae)
@@ -111,12 +125,13 @@ def part_weights(files: ModelFiles, name: str, module: nn.Module) -> dict[str, T
     """The weights of a part by our names, still on the disk, compared with the (meta) module.
 
     Raises:
-        InputError: a key is missing, unknown or of another shape: the first few by name, and how many.
+        InputError: a key is missing, unknown or of another shape: the first few by name, and how many. A control branch
+            was trained beside another base than the model's.
     """
     part = files.parts[name]
     path = part.find()
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    tensors, renamed = _in_layout(part, path, files.config, wanted)
+    tensors, renamed = in_layout(part, path, files.config, wanted)
     missing = [theirs for theirs in renamed.values() if theirs not in tensors]
     unknown = sorted(tensors.keys() - set(renamed.values()))
     if missing:
@@ -128,30 +143,9 @@ def part_weights(files: ModelFiles, name: str, module: nn.Module) -> dict[str, T
     if other:
         shapes = f"{renamed[other[0]]} is {list(weights[other[0]].shape)}, the config asks for {list(wanted[other[0]])}"
         raise InputError(f"{path}: {len(other)} weights have another shape: {shapes}")
+    if part.base is not None:
+        check_same_base(files, part)
     return weights
-
-
-def _in_layout(
-    part: Part, path: Path, config: ModelConfig, wanted: Iterable[str]
-) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """The tensors of a part's files that are weights, and for each of our names the name it has among them."""
-    tensors = read_tensors(path)
-    if part.layout == "official":
-        base, adapters = official_weights(tensors, str(path))
-        names = {name: name for name in wanted}
-        if not adapters:
-            return base, names
-        shapes = {key: tuple(value.shape) for key, value in base.items()}
-        return merged_weights(base, [lora_from_tensors(adapters, shapes, str(path))]), names
-    if part.layout == "qwen":
-        prefix = text_prefix(tensors.keys())
-        kept = {key: value for key, value in tensors.items() if not TEXT_EXTRA.match(key)}
-        return kept, {name: text_key(name, prefix) for name in wanted}
-    if part.layout == "diffusers":
-        if any(name.startswith("x_embedder.") for name in wanted):
-            return tensors, {name: diffusers_transformer_key(name) for name in wanted}
-        return tensors, {name: diffusers_vae_key(name, config.vae) for name in wanted}
-    return tensors, {name: name for name in wanted}  # "orrery", and "wan", whose names ours are
 
 
 def _few(names: list[str]) -> str:
@@ -163,7 +157,7 @@ def save_model(folder: str | PathLike[str], model: Model, card: str, dtype: torc
 
     Args:
         folder: its parent must exist.
-        model: networks and config; the VAE's latent statistics are taken from `model.vae.config`.
+        model: networks, control branches and config; the VAE's latent statistics are from `model.vae.config`.
         card: README.md.
         dtype: of the stored weights; float16 halves the size, and loading goes back to float32.
 
@@ -175,15 +169,61 @@ def save_model(folder: str | PathLike[str], model: Model, card: str, dtype: torc
     for name, wanted in (("transformer", config.transformer), ("vae", config.vae), ("text", config.text)):
         if getattr(model, name).config != wanted:
             raise ValueError(f"the {name} was not built from the config that would be saved with it")
+    if {kind: branch.config for kind, branch in model.controls.items()} != config.controls:
+        raise ValueError("the control branches are not those of the config that would be saved with them")
     if not isinstance(model.text.tokenizer, Tokenizer):
         raise ValueError(f"only a tokenizers.Tokenizer can be saved, got {type(model.text.tokenizer).__name__}")
-    blobs = {name: save(_stored(name, getattr(model, name), dtype), {"format": "pt"}) for name in PARTS}
+    networks = {name: getattr(model, name) for name in PARTS}
+    networks |= {BRANCH + kind: branch for kind, branch in model.controls.items()}
+    blobs = {name: save(_stored(name, network, dtype), {"format": "pt"}) for name, network in networks.items()}
     with atomic_folder(folder, replaces="config.json") as partial:
         for name, blob in blobs.items():
             (partial / f"{name}.safetensors").write_bytes(blob)
         (partial / "tokenizer.json").write_text(model.text.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
         write_config(partial, config, card)
     return Path(folder)
+
+
+def save_control(
+    directory: str | PathLike[str],
+    kind: str,
+    branch: ControlBranch,
+    training: Mapping[str, Any],
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Put a control branch into a model folder of ours, beside what is there; one of the same kind is replaced.
+
+    The weights are written first, then config.json, each whole or not at all: should it stop between the two, a new
+    branch is not listed yet. All else in config.json stays as it is.
+
+    Args:
+        kind: "edge", "blur", "depth" or "seg".
+        training: how it was trained; JSON values. Becomes `training["controls"][kind]` of the config.
+        dtype: of the stored weights.
+
+    Returns:
+        The file of the branch.
+
+    Raises:
+        InputError: no model folder; it cannot be written, or the disk is full; an unknown kind.
+        ValueError: a weight is not finite in `dtype`; the branch belongs to a transformer of another config.
+    """
+    folder, kind = Path(directory), control_kind(kind)
+    config = read_config(folder)
+    if replace(branch.base, rope_bf16=config.transformer.rope_bf16) != config.transformer:
+        raise ValueError(f"the branch was not built for the transformer of {folder}")
+    blob = save(_stored(BRANCH + kind, branch, dtype), {"format": "pt"})
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # as they are: no default is added
+    trained = values.setdefault("training", {})
+    trained["controls"] = dict(trained.get("controls", {})) | {kind: dict(training)}
+    values["controls"] = dict(values.get("controls", {})) | {kind: asdict(branch.config)}
+    text = json.dumps(values, indent=2) + "\n"
+    path = folder / f"{BRANCH}{kind}.safetensors"
+    with atomic_file(path) as partial:
+        partial.write_bytes(blob)
+    with atomic_file(folder / "config.json") as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
 
 
 def write_config(folder: Path, config: ModelConfig, card: str) -> None:
@@ -205,28 +245,50 @@ def model_hash(files: ModelFiles | str | PathLike[str]) -> str:
     """16 hex digits of the SHA-256 over config, tokenizer and weights: which model made this video.
 
     Parts that come from a hub at a fixed revision count by that; of a file above 256 MiB, its size and 64 samples.
+    Control branches do not count, so that a model stays the same one when it is given another: see `part_hash`.
     """
     if not isinstance(files, ModelFiles):
         files = find_model(files)
     digest = hashlib.sha256()
     if files.folder is not None and not files.config.shared:
-        names = ["config.json", "tokenizer.json", *(f"{part}.safetensors" for part in PARTS)]
-        for name in names:
+        digest.update(hashlib.sha256(_without_controls(files.folder / "config.json")).digest())
+        for name in ("tokenizer.json", *(f"{part}.safetensors" for part in PARTS)):
             digest.update(_file_digest(files.folder / name))
         return digest.hexdigest()[:16]
     digest.update(json.dumps(_plain(files.config.to_json()), sort_keys=True).encode())
     for name in PARTS:
-        part = files.parts[name]
-        if "@" in part.identity:
-            digest.update(part.identity.encode())
-            continue
-        for path in tensor_files(part.find()):
-            digest.update(_file_digest(path))
+        _update(digest, files.parts[name])
     return digest.hexdigest()[:16]
 
 
+def part_hash(files: ModelFiles, name: str) -> str:
+    """16 hex digits of the SHA-256 over the weights of one part, such as "control-edge"; as in `model_hash`."""
+    digest = hashlib.sha256()
+    _update(digest, files.parts[name])
+    return digest.hexdigest()[:16]
+
+
+def _update(digest: Any, part: Part) -> None:
+    if "@" in part.identity:
+        digest.update(part.identity.encode())
+        return
+    for path in tensor_files(part.find()):
+        digest.update(_file_digest(path))
+
+
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "training"}
+    return {key: value for key, value in config.items() if key not in ("training", "controls")}
+
+
+def _without_controls(path: Path) -> bytes:
+    """A config.json of ours as it was before it was given control branches."""
+    content = path.read_bytes()
+    values = json.loads(content)
+    if "controls" not in values:
+        return content
+    training = {key: value for key, value in values.get("training", {}).items() if key != "controls"}
+    rest = {key: value for key, value in values.items() if key != "controls"} | {"training": training}
+    return (json.dumps(rest, indent=2) + "\n").encode()
 
 
 def _file_digest(path: Path) -> bytes:
