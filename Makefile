@@ -8,7 +8,7 @@ OUT    ?= out/demo
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo test lint mini clean
+.PHONY: help setup gl demo test lint mini mini-worlds mini-base mini-control clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,16 +41,27 @@ lint: $(TOOLS)  ## Style, types, and the floors of the house
 DROP_CLIPS ?= 4320
 PUSH_CLIPS ?= 2460
 SIM        := $(BIN)/orrery sim
-SIM_INTO   := --workers $(WORKERS) --without depth -o data/mini
+SIM_INTO   := --workers $(WORKERS) -o data/mini
+CONTROL    := $(BIN)/orrery train recipes/mini-control.toml
 
-mini: $(STAMP) gl  ## Make orrery-mini again from nothing: worlds, VAE, transformer (hours without a GPU; resumable)
+mini: mini-base mini-control  ## Make orrery-mini again from nothing (hours without a GPU; resumable)
+
+mini-worlds: $(STAMP) gl
 	$(SIM) drop --clips $(DROP_CLIPS) $(SIM_INTO)
 	$(SIM) push --clips $(PUSH_CLIPS) $(SIM_INTO)
 	$(SIM) drop --seed 1000000 --clips 240 $(SIM_INTO)
 	$(SIM) push --seed 1000000 --clips 160 $(SIM_INTO)
+
+mini-base: mini-worlds  ## Its VAE and transformer
 	$(BIN)/orrery train recipes/mini-vae.toml
 	$(BIN)/orrery train recipes/mini-dit.toml
 	$(BIN)/orrery train recipes/mini-dit.toml --export src/orrery/weights/mini
+
+mini-control: mini-worlds  ## Its control branches, beside the transformer in the package
+	for kind in edge blur depth seg; do \
+	  set -- --set control.kind=$$kind --set out=runs/mini-$$kind; \
+	  $(CONTROL) "$$@" && $(CONTROL) "$$@" --export src/orrery/weights/mini || exit 1; \
+	done
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -123,7 +123,7 @@ class Studio:
 
     def __init__(self, world: orrery.World, cache: Path) -> None:
         self.world, self.cache, self.seconds = world, cache, []  # type: tuple[orrery.World, Path, list[float]]
-        self._branches = {kind: part_hash(world.files, f"control-{kind}") for kind in world.config.controls}
+        self.branches = {kind: part_hash(world.files, f"control-{kind}") for kind in world.config.controls}
         cache.mkdir(parents=True, exist_ok=True)
         check_writable(cache / "any.npz")
 
@@ -149,11 +149,11 @@ class Studio:
         return self.world.transfer(prompt, video, controls, seed=case.seed).video.frames
 
     def _key(self, case: Case, look: str, way: str) -> str:
-        made_of = {kind: (weight, self._branches[kind]) for kind, weight in WAYS[way].items()}
+        made_of = {kind: (weight, self.branches[kind]) for kind, weight in WAYS[way].items()}
         about = [self.world.hash, vars(self.world.config.sampling), case.prompt(look), case.seed, made_of]
         digest = hashlib.sha256(json.dumps(about, default=str).encode())
         for array in (case.frames["plain"], case.depth, case.ids):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
         return digest.hexdigest()[:12]
 
     def controls(self, case: Case) -> dict[str, np.ndarray]:
@@ -286,8 +286,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += ["Blur SSIM and edge F1 are still against the plain clip: colours and textures that the look brings along "
               "count against it, as they do in the realistic render.", ""]  # fmt: skip
     lines += [*means_table(summary, "real"), "", "## Over no control", ""]
-    lines += ["Paired differences, same clip and noise; in bold what the control is there for; a star: the interval leaves "
-              "out 0 on the good side.", ""]  # fmt: skip
+    lines += ["Paired differences, same clip and noise; in bold what the control is there for; a star: 0 is outside "
+              "the interval, on the good side.", ""]  # fmt: skip
     lines += [*margins_table(summary), "", "## By scene: drop / push", "", *scenes_table(result["summary"])]
     lines += ["", "## Picture", "", "![contact sheet](control_fidelity.png)", ""]
     return "\n".join([*lines, *(f"- {line}" for line in result["sheet"])])
@@ -304,11 +304,13 @@ def sheet_rows(case: Case, controls: Mapping[str, np.ndarray], drawn: Mapping[st
     return rows
 
 
-def draw_sheet(path: Path, columns: Sequence[Mapping[str, np.ndarray]], shown: int = 6, zoom: int = 2) -> None:
-    """Episodes side by side, each label -> frames [T, H, W, 3], of which `shown` are seen; labels at the left."""
+def draw_sheet(
+    path: Path, columns: Sequence[Mapping[str, np.ndarray]], shown: int = 6, margin: int = 110, zoom: int = 2
+) -> None:
+    """Episodes side by side, each label -> frames [T, H, W, 3], of which `shown` are seen; labels in a margin."""
     first = next(iter(columns[0].values()))
     picks, side = np.linspace(0, len(first) - 1, shown).round().astype(int), first.shape[1] * zoom
-    gap, margin = 4 * zoom, 110
+    gap = 4 * zoom
     width = margin + len(columns) * (shown * side + gap) - gap
     image = Image.new("RGB", (width, len(columns[0]) * side), "white")
     pen = ImageDraw.Draw(image)
@@ -376,7 +378,7 @@ def main() -> int:
         "load": {"before": load, "after": load_average()},
         "model": Path(world.name).name,
         "weights": world.hash,
-        "branches": studio._branches,
+        "branches": studio.branches,
         "sampling": vars(world.config.sampling),
         "ways": WAYS,
         "seconds": round(time.perf_counter() - began, 1),

@@ -279,6 +279,11 @@ def test_a_spec_without_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(folder)
     spec = make_spec({"name": "arm", "blur": {"control_weight": 0.5}}, {"prompt": PROMPT, "video_path": "arm.mp4"})
     assert spec.controls == (ControlSpec("blur", weight=0.5, strength="medium"),) and spec.video == Path("arm.mp4")
+    with pytest.raises(InputError, match=r"override guided_\w+ = 3 \(allowed: with a guided_generation_mask\)"):
+        make_spec(
+            {"name": "arm", "edge": {}},
+            {"prompt": PROMPT, "video_path": "arm.mp4", "guided_generation_step_threshold": 3},
+        )
     with pytest.raises(InputError) as caught:
         make_spec({"name": "arm", "edge": {}}, {"num_steps": 0}, {"num_steps": "--steps", "video_path": "--input",
                                                                   "prompt": "--prompt"})  # fmt: skip

@@ -414,6 +414,9 @@ class _Draft(Draft):
             self.faults.append(f"{' and '.join(map(self.label, _INSTEAD[1]))} both given; allowed: one of them")
         if image and any(control.kind == "blur" and control.weight for control in controls.values()):
             self.fault(image, getattr(keys, image), "no reference image with vis, which keeps the colours of the input")
+        until = "guided_generation_step_threshold"
+        if hold is None and until in self.overrides and not self.source:  # files may say it of some jobs
+            self.fault(until, keys.guided_generation_step_threshold, "with a guided_generation_mask")
         labels = keys.guided_generation_foreground_labels
         if labels is not None and (hold is None or hold.suffix.lower() not in ARRAY_SUFFIXES):
             of = "none" if hold is None else short(hold)

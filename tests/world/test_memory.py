@@ -319,7 +319,7 @@ def test_the_transformer_takes_what_was_planned(middling: World, together: bool,
     assert needs.batch_peak > 1.5 * needs.transformer_peak  # so that one is not taken for the other
 
 
-@pytest.mark.parametrize("given", [0, 5])
+@pytest.mark.parametrize("given", [0, 5, 17])
 @pytest.mark.parametrize("tiled", [True, False])
 def test_the_vae_takes_what_was_planned(
     middling: World, tiled: bool, given: int, chunks_of_one: None, small_tiles: None, tmp_path: Path

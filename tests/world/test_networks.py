@@ -466,10 +466,10 @@ def test_unknown_dtypes_are_refused(tiny_folder: Path, dtype: str) -> None:
 def test_a_large_model_on_a_small_machine(
     name: str, gibibytes: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("orrery.world.world.device_bytes", lambda _: int(gibibytes * GIB))
-    assert orrery.world.world._dtype(None, find_model(name), torch.device("cpu")) == expected
+    monkeypatch.setattr("orrery.world.devices.device_bytes", lambda _: int(gibibytes * GIB))
+    assert orrery.world.devices.pick_dtype(None, find_model(name), torch.device("cpu")) == expected
     told = capsys.readouterr().err
     assert ("orrery: bfloat16: in float32 the weights alone would fill more than half" in told) == (
         expected == torch.bfloat16
     )
-    assert orrery.world.world._dtype(None, find_model(name), torch.device("cuda")) == torch.bfloat16
+    assert orrery.world.devices.pick_dtype(None, find_model(name), torch.device("cuda")) == torch.bfloat16

@@ -249,7 +249,7 @@ def test_a_small_model_is_resident_at_once(tiny_folder: Path, monkeypatch: pytes
         raise AssertionError("measured")
 
     monkeypatch.setattr(planning, "measure", refuse)
-    monkeypatch.setattr("orrery.world.world.measure", refuse)
+    monkeypatch.setattr("orrery.world.devices.measure", refuse)
     for name in (tiny_folder, "mini"):
         world = orrery.load(name, "cpu")
         plan = world.plan(world.config.resolution, world.config.frames)

@@ -254,7 +254,6 @@ REFUSED = [
     ({"edge": Signal(None, mask=np.zeros((17, 48, 48), np.float32))}, {}, "48x48"),
     ({"edge": Signal(None, strength="huge")}, {}, "edge strength is 'huge'; allowed are none, very_low"),
     ({"edge": Signal(moving(17), strength="low")}, {}, "a control video is given"),
-    ({"seg": None}, {}, "seg needs a prompt"),
     ({"edge": None}, {"image": moving(1)}, "takes no reference image"),
     ({"edge": None}, {"chunk": 9}, "chunk is 9; model"),
     ({"edge": None}, {"sigma_max": 300}, "sigma_max is 300; allowed is above 0 to 200"),
@@ -268,6 +267,21 @@ REFUSED = [
 def test_refused(world: World, controls: dict, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         world.transfer_request(PROMPT, moving(17), controls, **options)
+
+
+def test_seg_looks_for_what_the_prompt_tells_of(world: World) -> None:
+    from orrery.control.models import Models
+
+    asked: list[str] = []
+
+    def segmentation(frames: np.ndarray, prompt: str, progress=None) -> np.ndarray:
+        asked.append(prompt)
+        return (frames[..., 0] > 128).astype(np.uint8)
+
+    models = Models(depth=None, segmentation=segmentation)  # type: ignore[arg-type]
+    world.transfer_request(PROMPT, moving(17), {"seg": Signal(models=models)})
+    world.transfer_request(PROMPT, moving(17), {"seg": Signal(models=models, prompt="ball.")})
+    assert asked == [PROMPT, "ball."]
 
 
 def test_refused_without_an_input(world: World, tiny_folder: Path) -> None:

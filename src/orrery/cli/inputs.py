@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from orrery.control.inputs import ARRAY_SUFFIXES, check_aspect, check_fps
-from orrery.control.signals import TRUTH
 from orrery.errors import InputError, note
 from orrery.specs import TransferSpec
 from orrery.video import IMAGE_SUFFIXES, Video
@@ -110,6 +109,8 @@ def _truth(kind: str, path: Path) -> Path:
     """Of the folder of a simulated clip, the file that holds the truth of this kind."""
     if not path.is_dir():
         return path
+    from orrery.control.signals import TRUTH  # which waits for torch
+
     if kind not in TRUTH:
         raise InputError(f"{path} is a folder; a simulated clip gives depth and seg, {kind} is made of its video")
     if not (path / TRUTH[kind]).is_file():

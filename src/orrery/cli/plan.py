@@ -25,6 +25,13 @@ def run(
         float | None, typer.Option(help="GiB of the GPU to plan for.", show_default="the one at hand, and usual sizes")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="A control branch that acts: edge, blur, depth, seg; for several, again. Default: all.",
+        ),
+    ] = None,
 ) -> None:
     """Peak memory of every stage, and how it is placed on GPUs of usual sizes. Nothing is loaded or downloaded.
 
@@ -32,6 +39,7 @@ def run(
     margin of 8 % and 0.6 GiB is kept for the driver, workspaces and fragmentation.
 
     Example: orrery plan predict2.5-2b --resolution 720 --memory 24
+             orrery plan transfer2.5-2b --control edge
     """
     from orrery.errors import InputError
 
@@ -45,16 +53,18 @@ def run(
     from orrery.weights import find_model
     from orrery.world.plan import Shape, device_bytes, make_plan, measure
     from orrery.world.request import Factors, check_frames, check_size
-    from orrery.world.world import DTYPES
+    from orrery.world.devices import DTYPES
 
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
-    config = find_model(model).config
+    config = find_model(model, controls=control).config
     factors = Factors.of(config)
     height, width = check_size(config, factors, wanted)
     total = check_frames(config, factors, frames, None)
     drawn = min(total, config.frames) if config.any_length else config.frames
-    shape = Shape((height, width), drawn, given=5, texts=2 if config.sampling.guidance > 0 else 1)
+    branches, texts = tuple(config.controls.values()), 2 if config.sampling.guidance > 0 else 1
+    # A control video is encoded as long as what is drawn at once; a start is 5 frames at most.
+    shape = Shape((height, width), drawn, drawn if branches else 5, texts, branches)
     numbers, vae_numbers = DTYPES[dtype], DTYPES[config.vae_dtype]
     cards: list[tuple[str, float]] = [(f"{size} GiB", size * GIB) for size in ([memory] if memory else CARDS)]
     if memory is None and torch.cuda.is_available():
@@ -62,7 +72,9 @@ def run(
     plans = [(label, make_plan(config, shape, size, numbers, vae_numbers)) for label, size in cards]
     length = f"{total} frames" + (f" in chunks of {drawn}" if total > drawn else "")
     console = Console()
-    console.print(f"{model}, {height}x{width}, {length}, {dtype} (VAE {config.vae_dtype})\n", highlight=False)
+    with_controls = f", control by {', '.join(config.controls)}" if branches else ""
+    about = f"{model}, {height}x{width}, {length}{with_controls}, {dtype} (VAE {config.vae_dtype})\n"
+    console.print(about, highlight=False)
     console.print(_stages(measure(config, shape, numbers, vae_numbers)), highlight=False)
     console.print()
     console.print(_cards(plans), highlight=False)

@@ -82,7 +82,7 @@ def make_tasks(specs: Sequence[TransferSpec], output: Path, drawing: Drawing) ->
     Raises:
         InputError: a place that fits no or not all results; an input that cannot be used.
     """
-    folder = _is_folder(output)
+    folder = is_folder(output)
     if not folder and len(specs) > 1:
         raise InputError(f"cannot write {len(specs)} videos to {output}: give a folder with -o")
     tasks = []
@@ -100,7 +100,7 @@ def make_tasks(specs: Sequence[TransferSpec], output: Path, drawing: Drawing) ->
     return tasks
 
 
-def _is_folder(output: Path) -> bool:
+def is_folder(output: Path) -> bool:
     """Whether -o names the folder of the results, and not the one result."""
     suffix = output.suffix.lower()
     if output.is_dir() or not (suffix in VIDEO_SUFFIXES or suffix == ".gif" or is_image(output)):

@@ -164,11 +164,11 @@ def run(
     made = _make_folder(output) if tasks[0].output != output else False
     try:
         check_outputs(left, specs or [])
-        models = signal_models(depth_model, detector, tracker, device)
         began = time.perf_counter()
         options = dict(dtype=dtype, placement=placement, embeddings=embeddings, controls=branches, **sources)
         world = opt.load_world(model, device, lora, **options)
         loading = time.perf_counter() - began
+        models = signal_models(depth_model, detector, tracker, device)
         draw_all(world, left, models, choice, loading, keep_going)
     finally:
         if made:
@@ -265,7 +265,10 @@ def _asked_for(
             "there is no control: name a spec file, or --prompt, --input and at least one of --control edge, blur, "
             "depth, seg"
         )
-    return [make_spec({"name": output.stem or "video", **blocks}, overrides, CALLED)]
+    from orrery.cli.tasks import is_folder
+
+    named = overrides["video_path"] if is_folder(output) else output
+    return [make_spec({"name": named.stem if named else "video", **blocks}, overrides, CALLED)]
 
 
 def _branches(model: str, jobs: "Sequence[TransferSpec]", given: Words) -> dict[str, str | None]:
@@ -331,7 +334,7 @@ def draw_all(
     from orrery.cli.tasks import trial
     from orrery.errors import OrreryError
 
-    trials = [trial(world, task) for task in tasks]
+    trials = [trial(world, task) for task in tasks[:1]] * len(tasks)
     failed = []
     for number, task in enumerate(tasks):
         if number % TOGETHER == 0:

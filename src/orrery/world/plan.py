@@ -166,9 +166,7 @@ def _measure(
             _transformer_peak(transformer, text.length, size, dtype, shape.texts, batch, shape.controls)
             for batch in (1, shape.texts)
         )
-        whole_peak, tile_peak = (
-            _vae_peak(autoencoder, size, shape.given, vae_dtype, tiled) for tiled in (False, True)
-        )
+        whole_peak, tile_peak = (_vae_peak(autoencoder, size, shape.given, vae_dtype, tiled) for tiled in (False, True))
     return Needs(
         text=parameter_bytes(encoder, dtype),
         text_peak=_text_peak(text, dtype, shape.texts),
@@ -224,8 +222,8 @@ def _transformer_peak(
 
 
 def _vae_peak(vae: VAE, size: tuple[int, int, int], given: int, dtype: torch.dtype, tiled: bool) -> int:
-    """Of streamed decoding (after two chunks every cache is full) and of encoding the given frames: all of them and
-    the whole picture at once, or a tile latent by latent, as `decode_tiled` and `encode_tiled` do."""
+    """Of streamed decoding (after two chunks every cache is full) and of encoding the given frames: the whole picture,
+    or a tile latent by latent, as `decode_tiled` and `encode_tiled` do."""
     factor, whole = vae.spatial_factor, size[1:]
     rows, columns = (min(side, limit) for side, limit in zip(whole, TILE)) if tiled else whole
     chunk = 1 if tiled else latents_at_once(vae, whole)
@@ -239,8 +237,13 @@ def _vae_peak(vae: VAE, size: tuple[int, int, int], given: int, dtype: torch.dty
     if given:
         frames = torch.empty(1, 3, given, whole[0] * factor, whole[1] * factor, dtype=dtype)
         part = frames[..., : rows * factor, : columns * factor]
-        encode = peak_bytes(lambda: vae.encode(part, vae.temporal_factor if tiled else None))
-        peak = max(peak, frames.nbytes + encode)
+        parts = encoded_at_once(vae, given, frames.shape[3], frames.shape[4])[:3]  # after three every cache is full
+        if tiled or len(parts) == 1:
+            encode = frames.nbytes + peak_bytes(lambda: vae.encode(part, vae.temporal_factor if tiled else None))
+        else:
+            encode = peak_bytes(lambda: sum(1 for _ in vae.encode_stream(frames[:, :, each] for each in parts)))
+            encode += frames[:, :, parts[-1]].nbytes
+        peak = max(peak, encode)
     return peak
 
 
@@ -248,3 +251,11 @@ def latents_at_once(vae: VAE, size: tuple[int, int]) -> int:
     """How many latent frames of (h, w) are decoded together."""
     pixels = size[0] * size[1] * vae.spatial_factor**2
     return max(1, PIXELS_AT_ONCE // (pixels * vae.temporal_factor))
+
+
+def encoded_at_once(vae: VAE, frames: int, height: int, width: int) -> list[slice]:
+    """Which of the frames of a clip are encoded together: all of a short one, else one, and then so many at a time."""
+    chunk = latents_at_once(vae, (height // vae.spatial_factor, width // vae.spatial_factor)) * vae.temporal_factor
+    if frames <= 1 + chunk:
+        return [slice(0, frames)]
+    return [slice(0, 1), *(slice(start, start + chunk) for start in range(1, frames, chunk))]

@@ -30,8 +30,8 @@ class Signal:
     source: its control video: a Video, a file, an array [T, H, W, 3], or a simulator's depth.npz or segmentation.npz;
     None: it is made of the input video. weight: 0 to 1. mask: where it acts, 0 to 1: a video, an image, a file of
     either, an array [T, H, W]; None for everywhere. strength: preset of edge or blur. prompt: what a segmentation
-    looks for. models: what stands in for the published depth and segmentation models (see `orrery.control.models`).
-    trim: let a longer control video end with the input.
+    looks for; None: the prompt. models: what stands in for the default depth and segmentation models (see
+    `orrery.control.models`). trim: let a longer control video end with the input.
     """
 
     source: Source | None = None
@@ -114,6 +114,8 @@ def settle_transfer(
     length, rate, shape = _extent(source, signals)
     size = _size(world, size, shape)
     extent = _Extent(length, rate, shape)
+    if "seg" in signals and signals["seg"].prompt is None and signals["seg"].source is None:
+        signals["seg"] = replace(signals["seg"], prompt=prompt)  # as published: it looks for what the prompt tells of
     drawn_source = None if source is None else source.resize(*size, crop=False)
     prepared = tuple(_prepare(kind, signal, drawn_source, size, extent, cache) for kind, signal in signals.items())
     if hold is not None:

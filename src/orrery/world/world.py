@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orrery.errors import InputError, note
+from orrery.errors import note
 from orrery.flow import (
     FrameCondition,
     Schedule,
@@ -30,17 +30,17 @@ from orrery.flow import (
 from orrery.nn.dit import Conditions, DiT, TextContext
 from orrery.nn.vae_tiling import decode_tiled, encode_tiled
 from orrery.video import Video
-from orrery.weights import Lora, ModelFiles, Sampling, find_model, model_hash, read_lora
+from orrery.weights import Lora, Sampling, find_model, model_hash, read_lora
 from orrery.weights.branches import Controls
 from orrery.weights.sources import transformer_shapes
+from orrery.world.devices import DTYPES, pick_device, pick_dtype
 from orrery.world.networks import Embeddings, Networks
-from orrery.world.plan import SMALL, Plan, Shape, device_bytes, latents_at_once, make_plan, measure
+from orrery.world.plan import SMALL, Plan, Shape, device_bytes, encoded_at_once, latents_at_once, make_plan
 from orrery.world.request import GIVEN_LATENTS, Factors, Request, Start, settle
 from orrery.world.transfer import Edit, Transferred, run_transfer
 from orrery.world.transfer_request import Signal, TransferRequest, settle_transfer
 
 Progress = Callable[[int, int], None]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -82,8 +82,8 @@ def load(
     """
     options: dict[str, Any] = dict(vae=vae, text=text, like=like, conventions=conventions, controls=controls)
     files = find_model(name_or_path, image=image, **options)
-    where = _device(device)
-    numbers = _dtype(dtype, files, where)
+    where = pick_device(device)
+    numbers = pick_dtype(dtype, files, where)
     vae_dtype = DTYPES[files.config.vae_dtype] if where.type == "cuda" else torch.float32
     shapes = transformer_shapes(files.config.transformer) if loras else {}
     pairs = [each if isinstance(each, tuple) else (each, 1.0) for each in loras]
@@ -93,36 +93,6 @@ def load(
     if world.plan(files.config.resolution, files.config.frames).placement == "resident":
         networks.load_all()
     return world
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0].partition(". ")[0]  # torch adds a page
-        raise InputError(f"device {str(device)!r} is not available: {why}") from error
-    if found.type == "meta":
-        raise InputError("device 'meta' holds no numbers; allowed are cpu, cuda, cuda:1, ...")
-    return found
-
-
-def _dtype(dtype: torch.dtype | str | None, files: ModelFiles, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise InputError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
-        return DTYPES[dtype]
-    if dtype is not None:
-        return dtype
-    if device.type == "cuda":
-        return torch.bfloat16
-    shape = Shape(files.config.resolution, files.config.frames)
-    if files.config.transformer.width > 1000 and measure(
-        files.config, shape, torch.float32, torch.float32
-    ).transformer > (device_bytes(device) // 2):
-        note("bfloat16: in float32 the weights alone would fill more than half of this machine's memory")
-        return torch.bfloat16
-    return torch.float32
 
 
 class World:
@@ -426,9 +396,15 @@ class World:
         return torch.zeros(1, self.config.vae.latent_channels, 0, height, width, device=self.device)
 
     def _encode(self, video: Video, plan: Plan) -> Tensor:
+        """Normalised latents [1, C, T, H, W] of a video, float32; a long one goes through as a stream."""
         with self.model.use("vae", plan.placement) as vae:
-            frames = video.to_tensor().to(self.device, self.model.vae_dtype)
-            latents = encode_tiled(vae, frames) if plan.tiled else vae.encode(frames)
+            parts = encoded_at_once(vae, len(video), video.height, video.width)
+            if plan.tiled or len(parts) == 1:
+                frames = video.to_tensor().to(self.device, self.model.vae_dtype)
+                latents = encode_tiled(vae, frames) if plan.tiled else vae.encode(frames)
+            else:
+                pieces = (video[part].to_tensor().to(self.device, self.model.vae_dtype) for part in parts)
+                latents = torch.cat([each.to(torch.float32) for each in vae.encode_stream(pieces)], dim=2)
             return latents.to(self.device, torch.float32)
 
     def _embed(self, request: Request, plan: Plan) -> list[Tensor]:
