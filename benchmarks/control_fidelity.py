@@ -87,6 +87,16 @@ class Case:
         return self.caption.replace(PHRASE["plain"], PHRASE[look])
 
     @property
+    def video(self) -> Video:
+        """What is transferred."""
+        return Video(self.frames["plain"], self.fps)
+
+    def signals(self, weights: Mapping[str, float]) -> dict[str, Signal]:
+        """Controls of these weights: edge and blur of the plain frames, depth and segmentation exact."""
+        exact = {"depth": self.depth, "seg": self.ids}
+        return {kind: Signal(exact.get(kind), weight) for kind, weight in weights.items()}
+
+    @property
     def classes(self) -> np.ndarray:
         """[T, H, W] uint8 index into `CLASSES`."""
         return class_map(self.ids, self.things)
@@ -122,8 +132,9 @@ class Studio:
     weights of model and branches, sampling, prompt, control, noise and the episode's pixels and depth."""
 
     def __init__(self, world: orrery.World, cache: Path) -> None:
-        self.world, self.cache, self.seconds = world, cache, []  # type: tuple[orrery.World, Path, list[float]]
+        self.world, self.cache = world, cache
         self.branches = {kind: part_hash(world.files, f"control-{kind}") for kind in world.config.controls}
+        self.seconds: list[float] = []  # of every video that was not there yet
         cache.mkdir(parents=True, exist_ok=True)
         check_writable(cache / "any.npz")
 
@@ -143,10 +154,7 @@ class Studio:
     def _draw(self, case: Case, prompt: str, weights: Mapping[str, float]) -> np.ndarray:
         if not weights:
             return self.world.generate(prompt, seed=case.seed).frames
-        exact = {"depth": case.depth, "seg": case.ids}
-        controls = {kind: Signal(exact.get(kind), weight) for kind, weight in weights.items()}
-        video = Video(case.frames["plain"], case.fps)
-        return self.world.transfer(prompt, video, controls, seed=case.seed).video.frames
+        return self.world.transfer(prompt, case.video, case.signals(weights), seed=case.seed).video.frames
 
     def _key(self, case: Case, look: str, way: str) -> str:
         made_of = {kind: (weight, self.branches[kind]) for kind, weight in WAYS[way].items()}
@@ -158,10 +166,7 @@ class Studio:
 
     def controls(self, case: Case) -> dict[str, np.ndarray]:
         """The control videos of an episode, as the branches see them."""
-        exact = {"depth": case.depth, "seg": case.ids}
-        asked = {kind: Signal(exact.get(kind)) for kind in KINDS}
-        video = Video(case.frames["plain"], case.fps)
-        request = self.world.transfer_request(case.caption, video, asked)
+        request = self.world.transfer_request(case.caption, case.video, case.signals(dict.fromkeys(KINDS, 1.0)))
         return {signal.kind: signal.video.frames for signal in request.signals}
 
     @torch.no_grad()

@@ -179,3 +179,17 @@ def test_help_and_refusals_do_not_wait_for_torch(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_large_videos_are_shown_smaller_beside_each_other(tmp_path: Path) -> None:
+    from orrery.cli.outputs import WIDEST, write_transfer
+    from orrery.world import Transferred
+
+    large = Video(np.zeros((2, 704, 1280, 3), np.uint8), 16)
+    write_transfer(tmp_path / "a.mp4", Transferred(large, {"edge": large[:2]}, large), {"edge": 1.0}, {}, True)
+    assert Video.read(tmp_path / "a.mp4").frames.shape == (2, 704, 2 * 1280, 3)  # as it is, input to the left
+    shown = Video.read(tmp_path / "a.beside.mp4")
+    assert WIDEST - 8 <= shown.width <= WIDEST and shown.height == round(704 * 638 / 1280) // 2 * 2
+    odd = Video(np.zeros((2, 33, 47, 3), np.uint8), 16)
+    write_transfer(tmp_path / "b.mp4", Transferred(odd, {"edge": odd}, None), {"edge": 1.0}, {})
+    assert Video.read(tmp_path / "b.mp4").frames.shape == (2, 33, 47, 3)

@@ -94,6 +94,10 @@ def test_read_last(tmp_path: Path) -> None:
     whole = Video.read(path)
     assert np.array_equal(Video.read(path, last=5).frames, whole.frames[-5:])
     assert len(Video.read(path, last=50)) == 12
+    assert np.array_equal(Video.read(path, first=5).frames, whole.frames[:5])
+    assert len(Video.read(path, first=50)) == 12
+    with pytest.raises(InputError, match="first must be at least 1, got 0"):
+        Video.read(path, first=0)
 
 
 def test_images(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,12 +81,13 @@ class Video:
         return self.frames.shape[2]
 
     @staticmethod
-    def read(path: str | PathLike[str], last: int | None = None) -> "Video":
+    def read(path: str | PathLike[str], last: int | None = None, first: int | None = None) -> "Video":
         """Read a video, or an image as a 1-frame Video (fps 1). The suffix says which it is.
 
         Args:
             path: .mp4 .mov .mkv .webm .avi, or .png .jpg .jpeg .webp .bmp; rotation tags are obeyed.
             last: keep only the last so many frames (the whole file is decoded, but not held).
+            first: read no more than so many frames.
 
         Raises:
             InputError: no such file, another suffix, not the content its suffix promises, no frame in it.
@@ -99,7 +101,7 @@ class Video:
             )
         if not path.is_file():
             raise InputError(f"cannot read {path}: {'it is a folder' if path.is_dir() else 'no such file'}")
-        return _read_image(path) if suffix in IMAGE_SUFFIXES else _read_video(path, last)
+        return _read_image(path) if suffix in IMAGE_SUFFIXES else _read_video(path, last, first)
 
     def save(self, path: str | PathLike[str], scale: int = 1, crf: int = 16, pixel_format: str = "yuv420p") -> Path:
         """Write H.264 into an .mp4 (or a 1-frame Video into an image), whole or not at all.
@@ -268,9 +270,10 @@ def _read_image(path: Path) -> Video:
         raise InputError(f"cannot read {path}: it is not an image that can be decoded") from error
 
 
-def _read_video(path: Path, last: int | None) -> Video:
-    if last is not None and last < 1:
-        raise InputError(f"last must be at least 1, got {last}")
+def _read_video(path: Path, last: int | None, first: int | None) -> Video:
+    for name, count in (("last", last), ("first", first)):
+        if count is not None and count < 1:
+            raise InputError(f"{name} must be at least 1, got {count}")
     frames: deque[Any] = deque(maxlen=last)
     fps = None
     try:
@@ -280,7 +283,7 @@ def _read_video(path: Path, last: int | None) -> Video:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             fps = stream.average_rate or stream.guessed_rate
-            for frame in container.decode(stream):
+            for frame in islice(container.decode(stream), first):
                 frames.append(_rgb(frame) if last is None else frame)
             decoded = [frame if isinstance(frame, np.ndarray) else _rgb(frame) for frame in frames]
     except (av.FFmpegError, OSError) as error:

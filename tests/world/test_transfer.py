@@ -291,3 +291,21 @@ def test_refused_without_an_input(world: World, tiny_folder: Path) -> None:
         world.transfer_request(PROMPT, None, signals("edge"), sigma_max=1.0)
     with pytest.raises(InputError, match=r"has no control branch for edge; it has: none"):
         orrery.load(tiny_folder, "cpu").transfer_request(PROMPT, moving(17), ["edge"])
+
+
+def test_a_control_at_the_drawn_size_is_taken_as_it_is(world: World) -> None:
+    """So that a written control map can be used again, whatever the input's size; and one resize, not two."""
+    source, drawn = moving(17, 64, 96), moving(17, seed=9)
+    request = world.transfer_request(PROMPT, source, {"edge": Signal(drawn)})
+    assert np.array_equal(request.signals[0].video.frames, drawn.frames)
+    stretched = world.transfer_request(PROMPT, moving(17, 32, 32), {"edge": Signal(drawn)}, size=(32, 48))
+    assert np.array_equal(stretched.signals[0].video.frames, drawn.frames)
+    large = world.transfer_request(PROMPT, source, {"seg": Signal(moving(17, 64, 96, seed=9))})
+    assert np.array_equal(large.signals[0].video.frames, drawn.frames)
+
+
+def test_trim_cuts_control_and_mask(world: World) -> None:
+    mask = np.ones((20, 32, 48), np.float32)
+    request = world.transfer_request(PROMPT, moving(17), {"edge": Signal(moving(18), mask=mask, trim=True)})
+    assert len(request.signals[0].video) == 17 and request.signals[0].mask is not None
+    assert request.signals[0].mask.shape == (17, 32, 48)

@@ -1,4 +1,5 @@
-"""`orrery demo` (called by `make demo`): one world from words, one from an image, one from a video, and the truth."""
+"""`orrery demo` (called by `make demo`): one world from words, one from an image, one from a video, and the truth; then
+one simulated clip drawn anew after its edges, twice."""
 
 import time
 from pathlib import Path
@@ -10,11 +11,14 @@ import typer
 if TYPE_CHECKING:
     from orrery.video import Video
     from orrery.weights import ModelConfig
+    from orrery.world import World
 
+COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 # Seeds far above those of any training set.
 WORDS = "a red ball falls and bounces, plain look"
 IMAGE = ("push", 9_000_000)
 VIDEO = ("drop", 9_000_000)
+TRANSFER = ("drop", 9_000_010)
 
 
 def run(
@@ -22,7 +26,8 @@ def run(
     model: Annotated[str, typer.Option(help="a name from `orrery models`, or the folder of a model")] = "mini",
     seed: Annotated[int, typer.Option(help="of the model's noise")] = 0,
 ) -> None:
-    """Generate three worlds, and lay the last one beside what MuJoCo really did."""
+    """Generate three worlds, and lay the last one beside what MuJoCo really did; then draw a simulated clip
+    anew, by its edges and two prompts."""
     from orrery import load
     from orrery.cli.outputs import generate_to
     from orrery.errors import InputError
@@ -59,17 +64,42 @@ def run(
     typer.echo(
         f"   its {len(video) - given} frames: {psnr:.1f} dB PSNR against MuJoCo; a still picture has {still:.1f} dB"
     )
+    if "edge" in world.config.controls:
+        _transfer(world, output, seed)
     seconds = time.perf_counter() - began
-    typer.echo(f"\nThree worlds in {seconds:.1f} s. Beside each: a contact sheet and a record of its settings.")
+    typer.echo(f"\nAll of it in {seconds:.1f} s. Beside each: a contact sheet and a record of its settings.")
 
 
-def _simulated(scene: str, seed: int, config: "ModelConfig") -> tuple[str, "Video"]:
+def _transfer(world: "World", output: Path, seed: int) -> None:
+    """One plain simulated clip, its edges, and what two other prompts make of them."""
+    from orrery.cli.outputs import labelled_sheet
+    from orrery.files import atomic_file
+
+    caption, real = _simulated(*TRANSFER, world.config, look="plain")
+    words, _, _ = caption.rpartition(", ")
+    colour = next(each for each in COLOURS if each in words)
+    other = next(each for each in reversed(COLOURS) if each not in words)
+    prompts = {"realistic": f"{words}, realistic look", other: f"{words.replace(colour, other)}, plain look"}
+    rows = {"MuJoCo": real}
+    for name, prompt in prompts.items():
+        result = world.transfer(prompt, real, ["edge"], seed=seed)
+        rows |= {"edge": result.controls["edge"], name: result.video}
+    for label, video in rows.items():
+        video.save(output / f"4_{label.lower()}.mp4", scale=8)
+    with atomic_file(output / "4_transfer.png") as partial:
+        labelled_sheet(rows, partial)
+    typer.echo(f"4. the edges of a simulation ({caption}), drawn anew by two prompts:")
+    typer.echo("".join(f"   {prompt}\n   {output}/4_{name}.mp4\n" for name, prompt in prompts.items()), nl=False)
+    typer.echo(f"   {output}/4_transfer.png: the simulation, its edges, and both")
+
+
+def _simulated(scene: str, seed: int, config: "ModelConfig", look: str | None = None) -> tuple[str, "Video"]:
     """Caption and frames of a simulated clip in the model's native size."""
     from orrery.sim import simulate
     from orrery.video import Video
 
     height, width = config.resolution
-    clip = simulate(scene, seed, size=max(height, width), frames=config.frames, truth=False)
+    clip = simulate(scene, seed, look, size=max(height, width), frames=config.frames, truth=False)
     return clip.caption, Video(clip.frames[0], clip.fps).resize(height, width)
 
 

@@ -246,5 +246,4 @@ def _shape(file: Any) -> tuple[int, ...]:
 
 def read_part(path: Path, frames: int | None) -> Video:
     """The first frames of a video or an image; None for all."""
-    video = Video.read(path)
-    return video if frames is None or frames >= len(video) else Video(video.frames[:frames].copy(), video.fps)
+    return Video.read(path, first=frames)

@@ -51,9 +51,9 @@ def run(
     from rich.console import Console
 
     from orrery.weights import find_model
+    from orrery.world.devices import DTYPES
     from orrery.world.plan import Shape, device_bytes, make_plan, measure
     from orrery.world.request import Factors, check_frames, check_size
-    from orrery.world.devices import DTYPES
 
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")

@@ -164,12 +164,15 @@ def run(
     made = _make_folder(output) if tasks[0].output != output else False
     try:
         check_outputs(left, specs or [])
-        began = time.perf_counter()
-        options = dict(dtype=dtype, placement=placement, embeddings=embeddings, controls=branches, **sources)
-        world = opt.load_world(model, device, lora, **options)
-        loading = time.perf_counter() - began
-        models = signal_models(depth_model, detector, tracker, device)
-        draw_all(world, left, models, choice, loading, keep_going)
+        models = None
+        for part in _alike(model, left, branches, sources):
+            began = time.perf_counter()
+            needed = {kind: path for kind, path in branches.items() if any(kind in task.spec.kinds for task in part)}
+            options = dict(dtype=dtype, placement=placement, embeddings=embeddings, controls=needed, **sources)
+            world = opt.load_world(model, device, lora, **options)
+            models = models or signal_models(depth_model, detector, tracker, device)
+            draw_all(world, part, models, choice, time.perf_counter() - began, keep_going)
+            del world
     finally:
         if made:
             with suppress(OSError):
@@ -296,6 +299,23 @@ def _branches(model: str, jobs: "Sequence[TransferSpec]", given: Words) -> dict[
     return needed
 
 
+def _alike(
+    model: str, tasks: "Sequence[Task]", branches: Mapping[str, str | None], sources: Mapping[str, Any]
+) -> "list[list[Task]]":
+    """The tasks that one loaded model can draw: all; or those with the same kinds, where a job with one control has
+    image context, which published models drop for several: no result may depend on the jobs beside it."""
+    from orrery.weights.sources import find_model
+
+    together: dict[tuple[str, ...], list[Task]] = {}
+    for task in tasks:
+        together.setdefault(tuple(sorted(task.spec.kinds)), []).append(task)
+    alone = next((kinds for kinds in together if len(kinds) == 1), None)
+    if alone is None or len(together) == 1:
+        return [list(tasks)]
+    files = find_model(model, controls={kind: branches[kind] for kind in alone}, **sources)
+    return list(together.values()) if files.config.transformer.image_context else [list(tasks)]
+
+
 def _make_folder(folder: Path) -> bool:
     """Whether it had to be made."""
     from orrery.errors import InputError
@@ -334,7 +354,7 @@ def draw_all(
     from orrery.cli.tasks import trial
     from orrery.errors import OrreryError
 
-    trials = [trial(world, task) for task in tasks[:1]] * len(tasks)
+    trials = [trial(world, task) for task in tasks]
     failed = []
     for number, task in enumerate(tasks):
         if number % TOGETHER == 0:

@@ -117,6 +117,7 @@ def read_signal(
     size: tuple[int, int],
     frames: int,
     fps: float,
+    shape: tuple[int, int] | None = None,
     trim: bool = False,
     camera: str | None = None,
     seed: int = 0,
@@ -128,6 +129,7 @@ def read_signal(
             whose exact depth or segmentation is taken), a Video or an array. Arrays are uint8 [T, H, W, 3], the control
             as it is; or [T, H, W] (for one frame also [H, W]): uint8 grey or bool for edge, uint8 grey for blur, for
             depth uint8 grey (near is bright) or float metres, for seg whole numbers, 0 none, else which object.
+        shape: of the input (height, width), where it is drawn at another: both are stretched alike. Default `size`.
         trim: of a longer control take the first `frames`.
         camera: which array of an .npz that holds several.
         seed: of the colours of segmentation ids.
@@ -148,7 +150,8 @@ def read_signal(
         pixels = loaded.frames[:frames]
     else:
         pixels = _painted(loaded[:frames], kind, name, seed)
-    check_aspect(name, pixels.shape[1:3], size)
+    if pixels.shape[1:3] != tuple(size):
+        check_aspect(name, pixels.shape[1:3], size if shape is None else shape)
     return Video(resized(pixels, size, RESIZE[kind]), fps)
 
 

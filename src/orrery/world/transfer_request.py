@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from orrery.control.inputs import resized
 from orrery.control.masks import normalised, read_guidance, read_mask
-from orrery.control.signals import RESIZE, SignalCache, kind_of, make_signal, read_signal
+from orrery.control.signals import SignalCache, kind_of, make_signal, read_signal
 from orrery.errors import InputError
 from orrery.video import Video
 from orrery.world.request import GIVEN_LATENTS, MOST_FRAMES, Request, Start, as_video, settle, whole
@@ -31,7 +30,7 @@ class Signal:
     None: it is made of the input video. weight: 0 to 1. mask: where it acts, 0 to 1: a video, an image, a file of
     either, an array [T, H, W]; None for everywhere. strength: preset of edge or blur. prompt: what a segmentation
     looks for; None: the prompt. models: what stands in for the default depth and segmentation models (see
-    `orrery.control.models`). trim: let a longer control video end with the input.
+    `orrery.control.models`). trim: let a longer control video or mask end with the input.
     """
 
     source: Source | None = None
@@ -178,7 +177,9 @@ def _extent(source: Video | None, signals: Mapping[str, Signal]) -> tuple[int, f
 
 def _is_video(source: Source | None) -> bool:
     return isinstance(source, Video) or (
-        isinstance(source, str | os.PathLike) and not str(source).lower().endswith((".npz", ".npy"))
+        isinstance(source, str | os.PathLike)
+        and not str(source).lower().endswith((".npz", ".npy"))
+        and not os.path.isdir(source)
     )
 
 
@@ -218,12 +219,10 @@ def _prepare(
     else:
         if signal.strength is not None:
             raise InputError(f"{kind}: a strength is for a control that is made of the input; a control video is given")
-        # Its shape is compared with the input's, not with the drawn one, to which both are stretched alike.
-        given = read_signal(
-            signal.source, kind, size=extent.shape, frames=extent.length, fps=extent.fps, trim=signal.trim
-        )
-        frames = resized(given.frames, size, RESIZE[kind])
-    mask = None if signal.mask is None else read_mask(signal.mask, extent.shape, extent.length)
+        frames = read_signal(
+            signal.source, kind, size=size, frames=extent.length, fps=extent.fps, shape=extent.shape, trim=signal.trim
+        ).frames
+    mask = None if signal.mask is None else read_mask(signal.mask, extent.shape, extent.length, trim=signal.trim)
     return Prepared(kind, Video(frames, extent.fps), float(signal.weight), mask)
 
 
