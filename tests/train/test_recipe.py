@@ -86,12 +86,12 @@ def test_changed_keys_are_found_in_tables_and_resumable_ones_pass() -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid_and_their_models_fit_the_package(path: Path) -> None:
+    from orrery.nn.control import ControlBranch, ControlConfig
     from orrery.nn.dit import PRESETS as DITS
     from orrery.nn.dit import DiT
     from orrery.nn.vae import PRESETS as VAES
     from orrery.nn.vae import VAE
     from orrery.train.networks import configure
-    from orrery.nn.control import ControlBranch, ControlConfig
     from orrery.train.recipe import ControlRecipe, VAERecipe
     from orrery.weights.sources import find_model
 
