@@ -3,10 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from orrery.flow import numpy_noise
+from orrery.nn.control import ActiveControl, ControlBranch, ControlConfig
 from orrery.nn.dit import PRESETS, Conditions, DiT
 from orrery.nn.vae import PRESETS as VAES
 from orrery.nn.vae import VAE
@@ -81,3 +83,38 @@ def test_the_same_seed_is_the_same_video(tiny_folder: Path) -> None:
     world = load(tiny_folder, device="cuda")
     a, b = (world.generate("a red ball falls", seed=3).frames for _ in range(2))
     assert (a == b).all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@torch.no_grad()
+def test_control_branches_agree_with_the_cpu(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    net = randomised(DiT(PRESETS["mini"]))
+    branches = [ControlBranch(net.config, ControlConfig(2, 3, 16)).initialise(net).eval() for _ in range(2)]
+    for branch in branches:
+        for layer in branch.zero_initialised():
+            layer.weight.normal_(std=0.1)
+    x, text, signal = torch.randn(1, 16, 5, 8, 8), torch.randn(1, 40, 256), torch.randn(1, 16, 5, 8, 8)
+    weights = (0.4, torch.rand(1, 5, 4, 4))
+    t = torch.full((1,), 700.0)
+    controls = [ActiveControl(branch, signal, weight) for branch, weight in zip(branches, weights, strict=True)]
+    expected = net(x, t, Conditions(text, controls=controls))
+    assert (expected - net(x, t, Conditions(text))).abs().max() > 0.01
+    moved = [branch.to("cuda", dtype) for branch in branches]
+    on_gpu = [w.cuda() if isinstance(w, torch.Tensor) else w for w in weights]
+    controls = [ActiveControl(b, signal.cuda(), w) for b, w in zip(moved, on_gpu, strict=True)]
+    found = net.to("cuda", dtype)(x.cuda(), t.cuda(), Conditions(text.to("cuda", dtype), controls=controls))
+    assert (found.cpu() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_transfer_on_the_gpu_is_the_one_on_the_cpu() -> None:
+    """The embedded model: the same noise on both, float32; pixels may differ by rounding that steps amplify."""
+    from orrery.video import Video
+
+    frames = np.random.default_rng(0).integers(0, 256, (17, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    prompt = "a red ball falls and bounces, realistic look"
+    results = [
+        load("mini", device, torch.float32).transfer(prompt, Video(frames, 12), ["edge"], seed=1, steps=4).video.frames
+        for device in ("cpu", "cuda")
+    ]
+    assert np.abs(results[0].astype(int) - results[1]).mean() < 1

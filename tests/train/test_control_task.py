@@ -103,6 +103,8 @@ def test_branches_gather_in_one_folder(tmp_path: Path, base: Path, write_recipe:
         train(recipe)
         train(recipe, export=tmp_path / "together")
     assert list(find_model(tmp_path / "together").config.controls) == ["edge", "seg"]
+    card = (tmp_path / "together" / "README.md").read_text()
+    assert "## Control branch: edge" in card and "## Control branch: seg" in card and "## VAE" in card
 
 
 def test_stopped_and_resumed_is_bitwise_the_same(tmp_path: Path, base: Path, write_recipe: Callable[..., Path]) -> None:

@@ -24,10 +24,13 @@ from orrery.errors import InputError
 from orrery.nn.control import ActiveControl, ControlBranch, ControlConfig
 from orrery.nn.dit import Conditions, TextContext
 from orrery.nn.vae import VAE
+from orrery.train.checkpoint import write_text
+from orrery.train.export import model_card
 from orrery.train.flow import FlowTask
 from orrery.train.loop import Randomness
 from orrery.train.recipe import BranchRecipe, ControlRecipe
 from orrery.train.sheets import save_sheet, to_uint8
+from orrery.weights.config import read_config
 from orrery.weights.sources import find_model
 from orrery.weights.store import load_model, model_hash, save_control
 
@@ -142,12 +145,16 @@ class ControlTask(FlowTask):
     def export(self, model: nn.Module, directory: Path, training: dict[str, Any]) -> None:
         """Put the branch into a model directory: the base's own, or a copy of it that is made where there is none."""
         training = training | {"data": self.data, "validation": self.validate(model)}
-        training |= {"base": model_hash(self.files), "strength": self.recipe.control.strength}
+        control, looks = self.recipe.control, self.recipe.data.looks
+        training |= {"base": model_hash(self.files), "looks": ", ".join(looks) or "all"}
+        if control.kind in ("edge", "blur"):
+            training |= {"strength": control.strength}
         if not (directory / "config.json").is_file():
             if self.files.folder is None:
                 raise InputError(f"a branch of {self.recipe.base!r} needs a model folder to be put into: --export DIR")
             shutil.copytree(self.files.folder, directory, dirs_exist_ok=True)
-        save_control(directory, self.recipe.control.kind, model["branch"], training)  # type: ignore[index]
+        save_control(directory, control.kind, model["branch"], training)  # type: ignore[index]
+        write_text(directory / "README.md", model_card(directory.name, read_config(directory)))
 
 
 class _Without(nn.Module):

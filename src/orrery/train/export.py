@@ -116,11 +116,13 @@ def model_card(name: str, config: ModelConfig) -> str:
         "image or video (0, 1 or 2 given latent frames). Apache-2.0.",
     ]
     parts = {"Transformer and text encoder": config.training, "VAE": config.training.get("vae", {})}
+    branches = config.training.get("controls", {})
+    parts |= {f"Control branch: {kind}": branches[kind] for kind in config.controls if kind in branches}
     for title, training in parts.items():
         lines += ["", f"## {title}", "", "| | |", "| --- | --- |"]
         for key, value in training.items():
             if key == "validation":
                 value = ", ".join(f"{which} {number:.4g}" for which, number in value.items())
-            if key != "vae":
+            if key not in ("vae", "controls"):
                 lines.append(f"| {key} | {value} |")
     return "\n".join(lines) + "\n"
