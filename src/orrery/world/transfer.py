@@ -207,11 +207,12 @@ def _chained_frames(world: "World", request: TransferRequest, plan: Plan, progre
 
 
 def _reference(world: "World", request: TransferRequest, plan: Plan) -> list[Tensor | None]:
-    """Tokens of the reference image for the prompt, and for what guidance leads away from, which sees none."""
+    """Tokens of the reference image for the prompt, and zeros for what guidance leads away from."""
     if request.image is None:
         return [None, None]
     with world.model.use("image", plan.placement) as encoder:
-        return [encoder.encode(request.image).to(world.device, world.dtype), None]
+        tokens = encoder.encode(request.image).to(world.device, world.dtype)
+    return [tokens, torch.zeros_like(tokens)]
 
 
 def _piece(world: "World", request: TransferRequest, plan: Plan, start: int, count: int) -> _Piece:
