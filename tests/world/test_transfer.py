@@ -1,5 +1,6 @@
 """World.transfer: control obeyed where it is asked for and nowhere else, lengths, chunks, and everything it refuses."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -309,3 +310,20 @@ def test_trim_cuts_control_and_mask(world: World) -> None:
     request = world.transfer_request(PROMPT, moving(17), {"edge": Signal(moving(18), mask=mask, trim=True)})
     assert len(request.signals[0].video) == 17 and request.signals[0].mask is not None
     assert request.signals[0].mask.shape == (17, 32, 48)
+
+
+def test_a_distilled_model_obeys_control_in_four_steps(folder: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(folder, tmp_path / "distilled"))
+    config = json.loads((place / "config.json").read_text())
+    distilled = {"solver": "renoise", "schedule": "distilled", "steps": 4, "guidance": 0.0, "exact_times": True}
+    config["sampling"] |= distilled | {"shift": 5.0}
+    (place / "config.json").write_text(json.dumps(config))
+    student, told = orrery.load(place, "cpu"), []
+    network = student.model.transformer
+    forward = network.forward
+    network.forward = lambda x, times, c: told.append(float(times.flatten()[-1])) or forward(x, times, c)  # type: ignore
+    first = student.transfer(PROMPT, None, signals("edge"), seed=1).video
+    assert told == pytest.approx([1000.0, 937.5, 833.333, 625.0], rel=1e-4)
+    assert difference(first, student.transfer(PROMPT, None, signals("depth"), seed=1).video) > 0.5
+    with pytest.raises(InputError, match="not for distilled models"):
+        student.transfer_request(PROMPT, moving(17), ["edge"], sigma_max=1.0)
