@@ -23,11 +23,11 @@ import torch
 from PIL import Image, ImageDraw
 
 import orrery
-from orrery.control import KINDS
 from orrery.errors import InputError, OrreryError
 from orrery.eval.control import blur_ssim, depth_si_rmse, edge_f1, mask_miou
 from orrery.eval.perception import CLASSES, Perceiver, class_map, inverse_depth, perceive, train_perceiver
 from orrery.files import atomic_file, check_writable
+from orrery.kinds import KINDS
 from orrery.sim import simulate
 from orrery.sim.looks import PHRASE
 from orrery.video import Video

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from orrery.control.masks import normalised, read_guidance, read_mask
-from orrery.control.signals import SignalCache, kind_of, make_signal, read_signal
+from orrery.control.signals import SignalCache, make_signal, read_signal
 from orrery.errors import InputError
+from orrery.kinds import control_kind
 from orrery.video import Video
 from orrery.world.request import GIVEN_LATENTS, MOST_FRAMES, Request, Start, as_video, settle, whole
 
@@ -149,7 +150,7 @@ def _asked(world: "World", controls: Mapping[str, Signal | Source | None]) -> di
         raise InputError("a transfer needs at least one control; allowed are edge, blur, depth and seg")
     asked: dict[str, Signal] = {}
     for name, value in controls.items():
-        kind = kind_of(name)
+        kind = control_kind(name)
         if kind in asked:
             raise InputError(f"the control {kind} is asked for twice")
         asked[kind] = value if isinstance(value, Signal) else Signal(value)
