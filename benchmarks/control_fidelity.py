@@ -326,7 +326,7 @@ def draw_sheet(
             place = (margin + column * (shown * side + gap), row * side)
             image.paste(strip.resize((shown * side, side), Image.Resampling.LANCZOS), place)
     with atomic_file(path) as partial:
-        image.save(partial, format="PNG")
+        image.quantize(256, dither=Image.Dither.NONE).save(partial, format="PNG", optimize=True)  # a third of the bytes
 
 
 def open_world(model: str, kinds: Sequence[str]) -> orrery.World:
