@@ -81,8 +81,8 @@ def git(*words: str) -> str | None:
 
 
 def dirty() -> bool | None:
-    """Whether the working tree differs from the commit; None if that cannot be told."""
-    status = git("status", "--porcelain")
+    """Whether the working tree differs from the commit, results aside; None if that cannot be told."""
+    status = git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS}")
     return None if status is None else bool(status)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from orrery.control import KINDS
 from orrery.errors import InputError, OrreryError
 from orrery.eval.perception import (
     CLASSES,
@@ -30,6 +29,7 @@ from orrery.eval.perception import (
     train_perceiver,
 )
 from orrery.files import check_writable
+from orrery.kinds import KINDS
 
 sys.path.insert(0, str(Path(__file__).parent))  # also when a test loads this file by its path
 from common import RESULTS, load_average, made_line, provenance, table, write_results

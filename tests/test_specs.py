@@ -155,10 +155,11 @@ def test_presets(folder: Path, strength: str) -> None:
 def test_names_that_stand_here_are_those_obeyed_above() -> None:
     from orrery.control.blur import BLUR_PRESETS
     from orrery.control.edge import EDGE_PRESETS
-    from orrery.weights import KINDS, SIZES
+    from orrery.kinds import KINDS
+    from orrery.weights import SIZES
 
     assert set(specs.STRENGTHS) == set(EDGE_PRESETS) == set(BLUR_PRESETS)
-    assert set(specs.RESOLUTIONS) == set(SIZES) and tuple(dict.fromkeys(specs.KINDS.values())) == KINDS
+    assert set(specs.RESOLUTIONS) == set(SIZES) and tuple(dict.fromkeys(specs.BLOCKS.values())) == KINDS
 
 
 @pytest.mark.parametrize(("told", "sigma"), [("80", 80.0), ("0.5", 0.5), (200, 200.0), (1.5, 1.5), ("0", None)])

@@ -34,10 +34,12 @@ from orrery.jsonfiles import (
     short,
     unknown,
 )
+from orrery.kinds import ALIASES, KINDS
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 ARRAY_SUFFIXES = (".npz", ".npy")
-KINDS = {"edge": "edge", "vis": "blur", "blur": "blur", "depth": "depth", "seg": "seg"}  # key of a block -> our kind
+# Key of a block -> our kind, the published name first.
+BLOCKS = {name: kind for kind in KINDS for name in (*(a for a, k in ALIASES.items() if k == kind), kind)}
 # Both are listed in full where they are obeyed, above this floor: `control.presets` and `weights.SIZES`.
 Strength = Literal["none", "very_low", "low", "medium", "high", "very_high"]
 Resolution = Literal["256", "480", "480p", "512", "720", "720p", "1024", "1080"]
@@ -207,7 +209,7 @@ class _Keys(BaseModel):
 
 
 KEYS = tuple(_Keys.model_fields)
-OVERRIDES = tuple(key for key in KEYS if key != "name" and key not in KINDS)
+OVERRIDES = tuple(key for key in KEYS if key != "name" and key not in BLOCKS)
 # What an override of one of them replaces.
 _INSTEAD = (("prompt", "prompt_path"), ("image_context_path", "context_frame_index"))
 # Of the official command line; its documentation shows the first in a file, which its own reader refuses.
@@ -282,7 +284,7 @@ def _unknown_keys(tree: Mapping[Any, Any]) -> list[str]:
     """Faults about the keys of a job, and about those inside its blocks."""
     faults = [f"{key} = {short(tree[key])} is no key of a job: {why}" for key, why in _SETUP.items() if key in tree]
     faults += unknown({key: value for key, value in tree.items() if key not in _SETUP}, KEYS, hints=_HINTS)
-    for key, kind in KINDS.items():
+    for key, kind in BLOCKS.items():
         if isinstance(block := tree.get(key), dict):
             allowed = tuple(_BLOCKS[kind].model_fields)
             faults += unknown(block, allowed, prefix=f"{key}.", hints=_block_hints(key, allowed))
@@ -361,7 +363,7 @@ class _Draft(Draft):
     def _controls(self, keys: _Keys) -> dict[str, ControlSpec]:
         """The controls by key, in the published order."""
         found = {}
-        for key, kind in KINDS.items():
+        for key, kind in BLOCKS.items():
             tree = getattr(keys, key)
             if tree is None:
                 continue
@@ -389,7 +391,7 @@ class _Draft(Draft):
         """Controls that are right one by one and do not go together."""
         if "vis" in controls and "blur" in controls:
             self.faults.append("vis and blur both given; allowed: one of them, they are the same control")
-        if not controls and not set(KINDS) & set(wrong):
+        if not controls and not set(BLOCKS) & set(wrong):
             self.faults.append('no control (allowed: at least one of edge, vis, depth, seg, such as "edge": {})')
         if controls and not any(control.weight for control in controls.values()):
             self.faults.append(f"control_weight is 0 for {', '.join(controls)} (allowed: at least one above 0)")

@@ -12,8 +12,9 @@ from orrery.control.depth import depth_map, inverse_depth_map
 from orrery.control.edge import edge_map
 from orrery.control.models import Models
 from orrery.control.segmentation import seg_map
-from orrery.control.signals import SignalCache, kind_of, make_signal, read_signal
+from orrery.control.signals import SignalCache, make_signal, read_signal
 from orrery.errors import InputError
+from orrery.kinds import control_kind
 from orrery.video import Video
 
 
@@ -52,10 +53,10 @@ def read(source, kind, clip, **options):
 
 
 def test_kinds_and_the_published_alias():
-    assert [kind_of(name) for name in ("edge", "blur", "depth", "seg")] == ["edge", "blur", "depth", "seg"]
-    assert kind_of("vis") == "blur"
-    with pytest.raises(InputError, match=r"'lidar' .*allowed are edge, blur, depth, seg, vis \(the same as blur\)"):
-        kind_of("lidar")
+    assert [control_kind(name) for name in ("edge", "blur", "depth", "seg")] == ["edge", "blur", "depth", "seg"]
+    assert control_kind("vis") == "blur"
+    with pytest.raises(InputError, match=r"'lidar'; allowed are edge, blur, depth, seg \(vis is another"):
+        control_kind("lidar")
 
 
 def test_signals_of_a_video(clip, models):

@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orrery.errors import InputError
+from orrery.kinds import KINDS, control_kind
 from orrery.nn.control import ControlBranch, ControlConfig
 from orrery.nn.dit import DiTConfig
 from orrery.weights import (
     CATALOGUE,
-    KINDS,
     ModelConfig,
-    control_kind,
     find_model,
     load_model,
     load_part,

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orrery.errors import InputError
+from orrery.kinds import KINDS
 from orrery.nn.control import ControlBranch, ControlConfig
 from orrery.nn.dit import PRESETS as TRANSFORMERS
 from orrery.nn.dit import DiT, DiTConfig
 from orrery.nn.image import ImageEncoder
 from orrery.weights import (
     CATALOGUE,
-    KINDS,
     convert,
     find_model,
     load_model,

@@ -242,7 +242,7 @@ def test_branches_count_in_the_plan(folder: Path) -> None:
 
 REFUSED = [
     ({}, {}, "a transfer needs at least one control"),
-    ({"sketch": None}, {}, "control 'sketch' is not known; allowed are edge, blur, depth, seg"),
+    ({"sketch": None}, {}, "the control is 'sketch'; allowed are edge, blur, depth, seg"),
     ({"blur": None, "vis": None}, {}, "the control blur is asked for twice"),
     ({"edge": Signal(moving(16))}, {}, "16 frames, the input 17"),
     ({"edge": Signal(moving(18))}, {}, "18 frames, the input 17"),
@@ -292,6 +292,26 @@ def test_refused_without_an_input(world: World, tiny_folder: Path) -> None:
         world.transfer_request(PROMPT, None, signals("edge"), sigma_max=1.0)
     with pytest.raises(InputError, match=r"has no control branch for edge; it has: none"):
         orrery.load(tiny_folder, "cpu").transfer_request(PROMPT, moving(17), ["edge"])
+
+
+def test_a_network_looks_only_when_all_else_is_right_and_at_what_counts(world: World) -> None:
+    from orrery.control.models import Models
+
+    seen: list[tuple[int, ...]] = []
+
+    def depth(frames: np.ndarray, progress=None) -> np.ndarray:
+        seen.append(frames.shape)
+        return frames[..., 0].astype(np.float32)
+
+    models = Models(depth=depth, segmentation=None)  # type: ignore[arg-type]
+    for wrong in ({"steps": 0}, {"overlap": 3}, {"sigma_max": -1}, {"chunk": 8}):
+        with pytest.raises(InputError):
+            world.transfer_request(PROMPT, moving(30, 64, 96), {"depth": Signal(models=models)}, **wrong)
+    idle = {"depth": Signal(models=models, weight=0.0), "edge": Signal()}
+    assert world.transfer_request(PROMPT, moving(30, 64, 96), idle).kinds == ("edge",)
+    assert not seen
+    world.transfer_request(PROMPT, moving(30, 64, 96), {"depth": Signal(models=models)}, frames=7)
+    assert seen == [(7, 32, 48, 3)]
 
 
 def test_a_control_at_the_drawn_size_is_taken_as_it_is(world: World) -> None:

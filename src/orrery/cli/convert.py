@@ -25,7 +25,7 @@ def parse_controls(values: list[str] | None) -> dict[str, str | None] | None:
     """
     if not values:
         return None
-    from orrery.weights import control_kind
+    from orrery.kinds import control_kind
 
     if values == ["none"]:
         return {}

@@ -217,7 +217,7 @@ def control_blocks(
 def _parse_control(value: str) -> tuple[str, str | None, float]:
     """Kind, file and weight of KIND[=FILE][:WEIGHT]."""
     from orrery.errors import InputError
-    from orrery.weights import control_kind
+    from orrery.kinds import control_kind
 
     name, equals, path = value.partition("=")
     before, colon, number = (path if equals else name).rpartition(":")
@@ -236,7 +236,7 @@ def _parse_control(value: str) -> tuple[str, str | None, float]:
 def _parse_pairs(option: str, values: Words, blocks: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Kind -> text of each KIND=TEXT; blocks: of the kinds that can be named."""
     from orrery.errors import InputError
-    from orrery.weights import control_kind
+    from orrery.kinds import control_kind
 
     found: dict[str, str] = {}
     for value in values or []:
@@ -281,7 +281,8 @@ def _branches(model: str, jobs: "Sequence[TransferSpec]", given: Words) -> dict[
         InputError: a named model does not have them.
     """
     from orrery.errors import InputError
-    from orrery.weights import CATALOGUE, KINDS
+    from orrery.kinds import KINDS
+    from orrery.weights import CATALOGUE
 
     asked = {kind for job in jobs for kind in job.kinds}
     elsewhere = _parse_pairs("--branch", given)

@@ -4,5 +4,3 @@ Four kinds, each a video of the size, length and frame rate of the one that it w
 published name is `vis`), `depth` (near is bright) and `seg` (a colour an object). `signals` makes and reads them,
 `masks` says where in space and time each counts.
 """
-
-KINDS = ("edge", "blur", "depth", "seg")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from orrery.control import KINDS
 from orrery.control.blur import blur_map
 from orrery.control.depth import depth_map, inverse_depth_map
 from orrery.control.edge import edge_map
@@ -16,26 +15,13 @@ from orrery.control.models import Models, Progress, model_name
 from orrery.control.segmentation import seg_map
 from orrery.errors import InputError, note
 from orrery.files import check_writable
+from orrery.kinds import control_kind
 from orrery.video import Video
 
-ALIASES = {"vis": "blur"}  # the published name
 TRUTH = {"depth": "depth.npz", "seg": "segmentation.npz"}  # in the folder of a simulated clip
 MADE_AS = 1  # to be raised when a kind is made in another way: what caches hold is then not found any more
 OWN = {"edge": "uint8 or bool", "blur": "uint8", "depth": "uint8 grey or float metres", "seg": "whole numbers"}
 RESIZE = {"edge": "linear", "blur": "area", "depth": "linear", "seg": "nearest"}  # specification of Transfer, section 2
-
-
-def kind_of(name: str) -> str:
-    """The kind of that name: one of `KINDS`, or an alias of one.
-
-    Raises:
-        InputError: there is none.
-    """
-    kind = ALIASES.get(name, name)
-    if kind not in KINDS:
-        allowed = ", ".join(KINDS) + "".join(f", {alias} (the same as {kind})" for alias, kind in ALIASES.items())
-        raise InputError(f"control {name!r} is not known; allowed are {allowed}")
-    return kind
 
 
 def make_signal(
@@ -63,7 +49,7 @@ def make_signal(
     Raises:
         InputError: an unknown kind, an option that this kind does not have or needs, a model that cannot be loaded.
     """
-    kind = kind_of(kind)
+    kind = control_kind(kind)
     if strength is not None and kind not in ("edge", "blur"):
         raise InputError(f"strength is {strength!r} for {kind}; only edge and blur have one")
     if prompt is not None and kind != "seg":
@@ -137,7 +123,7 @@ def read_signal(
     Raises:
         InputError: not readable; another length, frame rate or aspect ratio; an array that this kind cannot be.
     """
-    kind = kind_of(kind)
+    kind = control_kind(kind)
     source = _truth(source, kind)
     name = name_of(source)
     loaded = load(source, f"{kind} control", camera)

@@ -18,7 +18,7 @@ it can be asked without waiting for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from orrery.weights.catalogue import ASPECTS, CATALOGUE, KINDS, SIZES, ModelEntry, control_kind, find_entry, size_of
+from orrery.weights.catalogue import ASPECTS, CATALOGUE, SIZES, ModelEntry, find_entry, size_of
 
 if TYPE_CHECKING:
     from orrery.weights.config import ModelConfig, Sampling
@@ -48,7 +48,6 @@ _HOMES = {
 __all__ = [
     "ASPECTS",
     "CATALOGUE",
-    "KINDS",
     "SIZES",
     "Lora",
     "Model",
@@ -56,7 +55,6 @@ __all__ = [
     "ModelEntry",
     "ModelFiles",
     "Sampling",
-    "control_kind",
     "convert",
     "find_entry",
     "find_model",

@@ -14,10 +14,11 @@ from os import PathLike
 from pathlib import Path
 
 from orrery.errors import InputError, note
+from orrery.kinds import KINDS, control_kind
 from orrery.nn.control import ControlConfig
 from orrery.nn.dit import DiTConfig
 from orrery.weights import pipeline_dir
-from orrery.weights.catalogue import KINDS, control_kind, control_of_file
+from orrery.weights.catalogue import control_of_file
 from orrery.weights.config import read_config
 from orrery.weights.layouts import IMAGE_KEYS
 from orrery.weights.official import infer_control, official_weights, split_branch

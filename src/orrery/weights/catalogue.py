@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orrery.errors import InputError
+from orrery.kinds import KINDS
 
 _HERE = Path(__file__).parent
 GB = 1e9
@@ -30,8 +31,6 @@ TRANSFER_NEGATIVE_PROMPT = (
     "coarse geometry, plastic textures, wrong lighting and shadows, jagged edges, stiff and unnatural motion. Overall, "
     "the video is of poor quality."
 )
-KINDS = ("edge", "blur", "depth", "seg")  # of control videos, in the published order
-KIND_ALIASES = {"vis": "blur"}  # the official code's name
 # (H, W) by resolution and aspect ratio (width to height). Specification, section 4.5.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
     "256": {"1:1": (256, 256), "4:3": (256, 320), "3:4": (320, 256), "16:9": (192, 320), "9:16": (320, 192)},
@@ -320,18 +319,6 @@ def control_of_file(path: Path) -> str | None:
 def _is_of(path: Path, files: HubFiles) -> bool:
     identifier = next((part for part in reversed((files.file or "").split("/")) if part.count("-") >= 4), "")
     return bool(identifier) and identifier.removesuffix("_ema_bf16.pt") in str(path)
-
-
-def control_kind(name: str) -> str:
-    """The kind of control video of that name: one of KINDS; "vis", as the official code says, is "blur".
-
-    Raises:
-        InputError: no such kind.
-    """
-    kind = KIND_ALIASES.get(name, name)
-    if kind not in KINDS:
-        raise InputError(f"the control is {name!r}; allowed are {', '.join(KINDS)} (vis is another name of blur)")
-    return kind
 
 
 def size_of(resolution: str, aspect: str = "16:9") -> tuple[int, int]:

@@ -12,11 +12,11 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import torch
 
 from orrery.errors import InputError, one_line
+from orrery.kinds import KINDS, control_kind
 from orrery.nn.control import ControlBranch, ControlConfig
 from orrery.nn.dit import DiTConfig
 from orrery.nn.text import TextConfig
 from orrery.nn.vae import VAEConfig
-from orrery.weights.catalogue import KINDS, control_kind
 
 SOLVERS = ("unipc", "euler", "renoise")
 SCHEDULES = ("shift", "karras", "distilled")

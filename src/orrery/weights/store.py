@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from orrery.errors import InputError, one_line
 from orrery.files import atomic_file, atomic_folder
+from orrery.kinds import control_kind
 from orrery.nn.control import ControlBranch
 from orrery.nn.dit import DiT
 from orrery.nn.image import ImageEncoder
 from orrery.nn.text import TextEncoder
 from orrery.nn.vae import VAE
-from orrery.weights.catalogue import control_kind
 from orrery.weights.config import ModelConfig, read_config
 from orrery.weights.matching import check_same_base, in_layout
 from orrery.weights.parts import BRANCH, PARTS, ModelFiles, Part

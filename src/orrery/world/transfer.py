@@ -219,25 +219,23 @@ def _piece(world: "World", request: TransferRequest, plan: Plan, start: int, cou
     """What acts on `count` frames of the (continued) input from frame `start` on."""
     need, factors = start + count, world.factors
     part = slice(start, need)
-    latents = {}
-    for signal in request.signals:
-        if signal.weight > 0:
-            frames = pad_frames(signal.video.frames, need)[part]
-            latents[signal.kind] = _control_latents(world, plan, Video(frames, request.fps))
-    acting = [signal for signal in request.signals if signal.weight > 0]
+    signals, latents = request.signals, {}
+    for signal in signals:
+        frames = pad_frames(signal.video.frames, need)[part]
+        latents[signal.kind] = _control_latents(world, plan, Video(frames, request.fps))
     weights: dict[str, float | Tensor] = dict(
-        zip((s.kind for s in acting), normalised([s.weight for s in acting]), strict=True)
+        zip(request.kinds, normalised([signal.weight for signal in signals]), strict=True)
     )
-    if any(signal.mask is not None for signal in acting):
-        masks = [None if s.mask is None else pad_frames(s.mask, need)[part] for s in acting]
+    if any(signal.mask is not None for signal in signals):
+        masks = [None if s.mask is None else pad_frames(s.mask, need)[part] for s in signals]
         patch = factors.patch
         grid = (
             ((count - 1) // factors.temporal + 1) // patch[0],
             request.base.size[0] // factors.spatial // patch[1],
             request.base.size[1] // factors.spatial // patch[2],
         )
-        maps = weight_maps(masks, [s.weight for s in acting], grid, world.device)
-        weights = {s.kind: each for s, each in zip(acting, maps, strict=True)}
+        maps = weight_maps(masks, [s.weight for s in signals], grid, world.device)
+        weights = {s.kind: each for s, each in zip(signals, maps, strict=True)}
     known = hold = None
     if request.source is not None and (request.hold is not None or request.sigma is not None):
         known = world._encode(Video(pad_frames(request.source.frames, need)[part], request.fps), plan)

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from orrery.control.masks import normalised, read_guidance, read_mask
-from orrery.control.signals import SignalCache, kind_of, make_signal, read_signal
+from orrery.control.signals import SignalCache, make_signal, read_signal
 from orrery.errors import InputError
+from orrery.kinds import control_kind
 from orrery.video import Video
 from orrery.world.request import GIVEN_LATENTS, MOST_FRAMES, Request, Start, as_video, settle, whole
 
@@ -57,10 +58,11 @@ class Prepared:
 class TransferRequest:
     """What is to be drawn, with every number settled and checked.
 
-    base: prompt, sampling, seed, size, frames (4k + 1, at least the output's), handover. signals: in the published
-    order of kinds. source: the input at `base.size`, or None where only control videos were given. length, fps,
-    out_size: of the output. image: [H, W, 3] uint8 reference, or None. hold: [T, H, W] in 0..1, where `source` is held
-    in the first steps; hold_until: the last of them. sigma: None, or the noise level that `source` is drawn from.
+    base: prompt, sampling, seed, size, frames (4k + 1, at least the output's), handover. signals: those with a weight
+    above 0, in the published order of kinds. source: the input at `base.size`, or None where only control videos were
+    given. length, fps, out_size: of the output. image: [H, W, 3] uint8 reference, or None. hold: [T, H, W] in 0..1,
+    where `source` is held in the first steps; hold_until: the last of them. sigma: None, or the noise level that
+    `source` is drawn from.
     """
 
     base: Request
@@ -77,8 +79,8 @@ class TransferRequest:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of the signals that act at all."""
-        return tuple(signal.kind for signal in self.signals if signal.weight > 0)
+        """Of the signals."""
+        return tuple(signal.kind for signal in self.signals)
 
 
 def settle_transfer(
@@ -110,37 +112,38 @@ def settle_transfer(
     """
     signals = _asked(world, controls)
     source = None if video is None else as_video(video, MOST_FRAMES, world.config.fps)
-    length, rate, shape = _extent(source, signals)
-    size = _size(world, size, shape)
-    extent = _Extent(length, rate, shape)
-    if "seg" in signals and signals["seg"].prompt is None and signals["seg"].source is None:
-        signals["seg"] = replace(signals["seg"], prompt=prompt)  # as published: it looks for what the prompt tells of
-    drawn_source = None if source is None else source.resize(*size, crop=False)
-    prepared = tuple(_prepare(kind, signal, drawn_source, size, extent, cache) for kind, signal in signals.items())
-    if hold is not None:
-        hold = read_guidance(hold, shape, length, labels=hold_labels)
-    picks = _picks(length, rate, fps, frames)
-    if fps is not None:
-        rate = float(fps)
-    prepared = tuple(_picked(signal, picks, rate) for signal in prepared)
-    if drawn_source is not None:
-        drawn_source = Video(drawn_source.frames[picks], rate)
-    normalised([signal.weight for signal in prepared])  # refuses what cannot be weights
-    length = len(picks)
+    extent = _extent(source, signals)
+    picks = _picks(extent, fps, frames)
+    rate = extent.fps if fps is None else float(fps)
+    base = _base(
+        world, prompt, len(picks), seed=seed, size=_size(world, size, extent.shape), overlap=overlap, handover=handover,
+        **sampling,
+    )  # fmt: skip
+    if source is not None:
+        source = Video(source.frames[picks], rate).resize(*base.size, crop=False)
+    request = TransferRequest(
+        base, (), source, len(picks), rate, extent.shape if keep_size else base.size, _chunk(world, chunk, overlap)
+    )
+    acting = {kind: signal for kind, signal in signals.items() if signal.weight > 0}
+    request = _with_reference(world, request, image, tuple(acting))
+    held = None if hold is None else read_guidance(hold, extent.shape, extent.length, labels=hold_labels)[picks]
+    request = _with_known(request, held, hold_until, sigma_max)
+    # Last, for a network may have to look at every frame: only of those that count, and when all else is right.
+    prepared = (_prepare(kind, signal, request, extent, picks, cache) for kind, signal in acting.items())
+    return replace(request, signals=tuple(prepared))
+
+
+def _base(world: "World", prompt: str, length: int, *, overlap: int, handover: str, **options: Any) -> Request:
+    """What is drawn, as `World.generate` would be asked for it."""
     if not 0 <= overlap <= GIVEN_LATENTS or (overlap == 0 and handover != "frames"):
         raise InputError(f"overlap is {overlap}; allowed are 1 and {GIVEN_LATENTS}, and 0 with handover 'frames'")
     factor = world.factors.temporal
+    frames = -(-(length - 1) // factor) * factor + 1
+    config, reader, name = world.config, world.model.reader, world.name
     base = settle(
-        world.config, world.model.reader, world.name, prompt, None,
-        seed=seed, frames=-(-(length - 1) // factor) * factor + 1, size=size, overlap=max(overlap, 1),
-        handover=handover, **sampling,
-    )  # fmt: skip
-    base = replace(base, overlap=overlap)
-    request = TransferRequest(
-        base, prepared, drawn_source, length, rate, shape if keep_size else size, _chunk(world, chunk, overlap)
+        config, reader, name, prompt, None, frames=frames, overlap=max(overlap, 1), handover=handover, **options
     )
-    request = _with_reference(world, request, image)
-    return _with_known(request, None if hold is None else hold[picks], hold_until, sigma_max)
+    return replace(base, overlap=overlap)
 
 
 def _asked(world: "World", controls: Mapping[str, Signal | Source | None]) -> dict[str, Signal]:
@@ -149,20 +152,33 @@ def _asked(world: "World", controls: Mapping[str, Signal | Source | None]) -> di
         raise InputError("a transfer needs at least one control; allowed are edge, blur, depth and seg")
     asked: dict[str, Signal] = {}
     for name, value in controls.items():
-        kind = kind_of(name)
+        kind = control_kind(name)
         if kind in asked:
             raise InputError(f"the control {kind} is asked for twice")
         asked[kind] = value if isinstance(value, Signal) else Signal(value)
     if lacking := [kind for kind in asked if kind not in world.config.controls]:
         has = ", ".join(world.config.controls) or "none"
         raise InputError(f"model {world.name!r} has no control branch for {', '.join(lacking)}; it has: {has}")
+    for kind, signal in asked.items():
+        if not (isinstance(signal.weight, int | float) and 0 <= signal.weight <= 1):
+            raise InputError(f"the weight of {kind} is {signal.weight}; allowed is 0 to 1")
+    normalised([signal.weight for signal in asked.values()])  # refuses what cannot be weights together
     return {kind: asked[kind] for kind in world.config.controls if kind in asked}
 
 
-def _extent(source: Video | None, signals: Mapping[str, Signal]) -> tuple[int, float, tuple[int, int]]:
-    """Frames, fps and (H, W) of the input, or of the first control video where there is none."""
+@dataclass(frozen=True)
+class _Extent:
+    """Of the input: frames, fps, (H, W)."""
+
+    length: int
+    fps: float
+    shape: tuple[int, int]
+
+
+def _extent(source: Video | None, signals: Mapping[str, Signal]) -> _Extent:
+    """Of the input, or of the first control video where there is none."""
     if source is not None:
-        return len(source), source.fps, (source.height, source.width)
+        return _Extent(len(source), source.fps, (source.height, source.width))
     for kind, signal in signals.items():
         if signal.source is None:
             raise InputError(
@@ -172,7 +188,7 @@ def _extent(source: Video | None, signals: Mapping[str, Signal]) -> tuple[int, f
     if given is None:
         raise InputError("give the input video, or a control that is a video: else nothing says how long and how fast")
     video = as_video(given, MOST_FRAMES, 1.0)  # type: ignore[arg-type]
-    return len(video), video.fps, (video.height, video.width)
+    return _Extent(len(video), video.fps, (video.height, video.width))
 
 
 def _is_video(source: Source | None) -> bool:
@@ -191,57 +207,41 @@ def _size(world: "World", size: tuple[int, int] | None, shape: tuple[int, int]) 
     return min(trained, key=lambda each: abs(math.log(each[1] / each[0]) - math.log(shape[1] / shape[0])))
 
 
-@dataclass(frozen=True)
-class _Extent:
-    """Of the input: frames, fps, (H, W)."""
-
-    length: int
-    fps: float
-    shape: tuple[int, int]
-
-
 def _prepare(
-    kind: str,
-    signal: Signal,
-    source: Video | None,
-    size: tuple[int, int],
-    extent: _Extent,
-    cache: SignalCache | None,
+    kind: str, signal: Signal, request: TransferRequest, extent: _Extent, picks: np.ndarray, cache: SignalCache | None
 ) -> Prepared:
-    """A signal made or read, and checked; source: the input at `size`."""
-    if not (isinstance(signal.weight, int | float) and 0 <= signal.weight <= 1):
-        raise InputError(f"the weight of {kind} is {signal.weight}; allowed is 0 to 1")
+    """A signal made of the request's source, or read; of the picked frames, at the size that is drawn."""
     if signal.source is None:
-        assert source is not None
-        frames = make_signal(
-            kind, source, strength=signal.strength, prompt=signal.prompt, models=signal.models, cache=cache
-        ).frames
+        assert request.source is not None
+        options = dict(strength=signal.strength, prompt=signal.prompt, models=signal.models)
+        if kind == "seg" and signal.prompt is None:
+            options |= {"prompt": request.base.prompt}  # as published: it looks for what the prompt tells of
+        video = make_signal(kind, request.source, cache=cache, **options)
     else:
         if signal.strength is not None:
             raise InputError(f"{kind}: a strength is for a control that is made of the input; a control video is given")
-        frames = read_signal(
-            signal.source, kind, size=size, frames=extent.length, fps=extent.fps, shape=extent.shape, trim=signal.trim
-        ).frames
-    mask = None if signal.mask is None else read_mask(signal.mask, extent.shape, extent.length, trim=signal.trim)
-    return Prepared(kind, Video(frames, extent.fps), float(signal.weight), mask)
+        given = read_signal(
+            signal.source, kind, size=request.base.size, frames=extent.length, fps=extent.fps, shape=extent.shape,
+            trim=signal.trim,
+        )  # fmt: skip
+        video = Video(given.frames[picks], request.fps)
+    mask = signal.mask
+    if mask is not None:
+        mask = read_mask(mask, extent.shape, extent.length, trim=signal.trim)[picks]
+    return Prepared(kind, video, float(signal.weight), mask)
 
 
-def _picks(length: int, rate: float, fps: float | None, frames: int | None) -> np.ndarray:
+def _picks(extent: _Extent, fps: float | None, frames: int | None) -> np.ndarray:
     """Which frames of the input are drawn: all, those at another rate, the first so many of them."""
-    picks = np.arange(length)
+    picks = np.arange(extent.length)
     if fps is not None:
-        if not (isinstance(fps, int | float) and 0 < fps <= rate):
-            raise InputError(f"fps is {fps}; allowed is above 0 to {rate:g}, the input's")
-        count = max(1, math.floor((length - 1) / rate * fps + 1e-6) + 1)
-        picks = np.minimum(np.rint(np.arange(count) * rate / fps).astype(int), length - 1)
+        if not (isinstance(fps, int | float) and 0 < fps <= extent.fps):
+            raise InputError(f"fps is {fps}; allowed is above 0 to {extent.fps:g}, the input's")
+        count = math.floor((extent.length - 1) / extent.fps * fps + 1e-6) + 1
+        picks = np.minimum(np.rint(np.arange(count) * extent.fps / fps).astype(int), extent.length - 1)
     if frames is not None:
         picks = picks[: whole("frames", frames, 1, MOST_FRAMES)]
     return picks
-
-
-def _picked(signal: Prepared, picks: np.ndarray, rate: float) -> Prepared:
-    mask = None if signal.mask is None else signal.mask[picks]
-    return replace(signal, video=Video(signal.video.frames[picks], rate), mask=mask)
 
 
 def _chunk(world: "World", chunk: int | None, overlap: int) -> int:
@@ -259,7 +259,9 @@ def _chunk(world: "World", chunk: int | None, overlap: int) -> int:
     return chunk
 
 
-def _with_reference(world: "World", request: TransferRequest, image: Start | None) -> TransferRequest:
+def _with_reference(
+    world: "World", request: TransferRequest, image: Start | None, kinds: tuple[str, ...]
+) -> TransferRequest:
     """The request with its reference image at the size that is drawn."""
     if image is None:
         return request
@@ -267,7 +269,7 @@ def _with_reference(world: "World", request: TransferRequest, image: Start | Non
         raise InputError(
             f"model {world.name!r} takes no reference image here: published branches do, one at a time, except blur"
         )
-    if "blur" in request.kinds:
+    if "blur" in kinds:
         raise InputError("a reference image does not go with blur, which keeps the colours of the input")
     height, width = request.base.size
     picture = Image.fromarray(as_video(image, 1, 1.0).frames[-1]).resize((width, height), Image.Resampling.LANCZOS)
