@@ -9,6 +9,7 @@ Writes results/transfer_MACHINE_PRESET.json and .md.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 from collections.abc import Callable
@@ -111,6 +112,7 @@ def their_branch(base: DiT, branch: ControlBranch) -> nn.Module:
 def contenders(options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     """The passes that are compared: every one a step of the solver, the text's keys and values at hand."""
     config, control = dit_config(options.preset), control_config(options.preset)
+    config = dataclasses.replace(config, rope_bf16=False)  # diffusers knows no rounded exponents
     dtype, device = DTYPES[options.dtype], options.device
     if device == "meta":
         with torch.device("meta"):
