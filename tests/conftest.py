@@ -1,5 +1,6 @@
 """A tiny model of the real classes with random weights, for tests of everything above the networks."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from orrery.kinds import KINDS
+from orrery.nn.control import ControlBranch, ControlConfig
 from orrery.nn.dit import DiT, DiTConfig
 from orrery.nn.text import TextConfig, TextEncoder, word_tokenizer
 from orrery.nn.vae import VAE, VAEConfig
-from orrery.weights import Model, ModelConfig, Sampling, save_model
+from orrery.weights import Model, ModelConfig, Sampling, load_model, save_control, save_model
 
 WORDS = "a red blue ball cube falls and bounces rolls to the left right"
 
@@ -61,6 +64,22 @@ def tiny_model() -> Model:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model, saved in float32."""
     return save_model(tmp_path_factory.mktemp("models") / "tiny", tiny_model(), "# tiny", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def controlled_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with branches for all four kinds of control, of random weights, nothing at zero; in float32."""
+    place = Path(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("models") / "controlled"))
+    base = load_model(place).transformer
+    for seed, kind in enumerate(KINDS):
+        torch.manual_seed(seed)
+        branch = ControlBranch(base.config, ControlConfig(blocks=2, every=1, channels=16)).initialise(base)
+        with torch.no_grad():
+            for layer in branch.zero_initialised():
+                layer.weight.normal_(std=0.15)
+                layer.bias.normal_(std=0.1)
+        save_control(place, kind, branch, {"recipe": "none: random"}, dtype=torch.float32)
+    return place
 
 
 @contextmanager

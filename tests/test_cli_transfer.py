@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import orrery
@@ -18,9 +16,7 @@ from orrery.cli import transfer
 from orrery.cli.main import main
 from orrery.control.models import Models
 from orrery.errors import OrreryError
-from orrery.nn.control import ControlBranch, ControlConfig
 from orrery.video import Video
-from orrery.weights.store import load_model, save_control
 from orrery.world import Transferred, World
 
 PROMPT = "a red ball falls and bounces"
@@ -38,21 +34,9 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with four branches of random weights, nothing at zero."""
-    place = tmp_path_factory.mktemp("models") / "controlled"
-    shutil.copytree(tiny_folder, place)
-    base = load_model(place).transformer
-    for seed, kind in enumerate(KINDS):
-        torch.manual_seed(seed)
-        branch = ControlBranch(base.config, ControlConfig(blocks=2, every=1, channels=16)).initialise(base)
-        with torch.no_grad():
-            for layer in branch.zero_initialised():
-                layer.weight.normal_(std=0.15)
-                layer.bias.normal_(std=0.1)
-        save_control(place, kind, branch, {"recipe": "none: random"}, dtype=torch.float32)
-    return place
+@pytest.fixture
+def model(controlled_folder: Path) -> Path:
+    return controlled_folder
 
 
 def moving(count: int, height: int = 32, width: int = 48, seed: int = 3, fps: float = 10) -> Video:

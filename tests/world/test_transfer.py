@@ -11,31 +11,17 @@ import torch
 
 import orrery
 from orrery.errors import InputError
-from orrery.nn.control import ControlBranch, ControlConfig
+from orrery.kinds import KINDS
 from orrery.video import Video
-from orrery.weights.store import load_model, save_control
 from orrery.world import Signal, World
 from orrery.world.transfer import _layout, _padded_frames, pad_frames
 
 PROMPT = "a red ball falls and bounces"
-KINDS = ("edge", "blur", "depth", "seg")
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with four branches of random weights, nothing at zero."""
-    place = tmp_path_factory.mktemp("models") / "controlled"
-    shutil.copytree(tiny_folder, place)
-    base = load_model(place).transformer
-    for seed, kind in enumerate(KINDS):
-        torch.manual_seed(seed)
-        branch = ControlBranch(base.config, ControlConfig(blocks=2, every=1, channels=16)).initialise(base)
-        with torch.no_grad():
-            for layer in branch.zero_initialised():
-                layer.weight.normal_(std=0.15)
-                layer.bias.normal_(std=0.1)
-        save_control(place, kind, branch, {"recipe": "none: random"}, dtype=torch.float32)
-    return place
+def folder(controlled_folder: Path) -> Path:
+    return controlled_folder
 
 
 @pytest.fixture(scope="module")

@@ -70,11 +70,10 @@ def run(
     if memory is None and torch.cuda.is_available():
         cards.insert(0, (torch.cuda.get_device_name(), device_bytes(torch.device("cuda"))))
     plans = [(label, make_plan(config, shape, size, numbers, vae_numbers)) for label, size in cards]
-    length = f"{total} frames" + (f" in chunks of {drawn}" if total > drawn else "")
+    length = f"{total} frames" + f" in chunks of {drawn}" * (total > drawn)
+    controls = f", control by {', '.join(config.controls)}" * bool(branches)
     console = Console()
-    with_controls = f", control by {', '.join(config.controls)}" if branches else ""
-    about = f"{model}, {height}x{width}, {length}{with_controls}, {dtype} (VAE {config.vae_dtype})\n"
-    console.print(about, highlight=False)
+    console.print(f"{model}, {height}x{width}, {length}{controls}, {dtype} (VAE {config.vae_dtype})\n", highlight=False)
     console.print(_stages(measure(config, shape, numbers, vae_numbers)), highlight=False)
     console.print()
     console.print(_cards(plans), highlight=False)
