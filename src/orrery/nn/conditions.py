@@ -53,6 +53,7 @@ class Conditions:
     image: tokens of a reference image [B or 1, M, image_context], for a network with image context and a text that is
     not encoded yet; None for none (zeros, which the network does see).
     controls: control branches that act on this pass, each with its signal and its weight.
+    actions: [B or 1, T - 1, values], what is done before each latent frame but the first, for a network that has them.
     """
 
     text: Tensor | TextContext
@@ -61,6 +62,7 @@ class Conditions:
     fps: float | None = None
     image: Tensor | None = None
     controls: "Sequence[Control]" = ()
+    actions: Tensor | None = None
 
 
 class Control(Protocol):

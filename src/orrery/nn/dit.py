@@ -8,7 +8,6 @@ The parameter names are those of the published files without their `net.` prefix
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from orrery.nn.actions import ActionMLP, placed
 from orrery.nn.attention import EPS, Attention, CrossAttention, RMSNorm
 from orrery.nn.conditions import BaseState, Conditions, KeysValues, Projected, Rope, TextContext
+from orrery.nn.precision import FollowingLinear, full_precision
 from orrery.nn.rope import TOKENS_AT_ONCE, apply_rope, axis_sizes, cached_rope_table
 
 IMAGE_TOKENS = 256  # of a reference image, in the published models
@@ -35,7 +36,8 @@ class DiTConfig:
     time scaled by 24 / fps. timestep_scale: factor from the 0..1000 units of `forward` to the embedded value.
     padding_mask: a mask channel follows the frame mask. fp32_modulation: time embedding, modulation and the final
     layer run in fp32 whatever the dtype of the weights. image_context: width of the tokens of a reference image that
-    cross-attention sees beside the text; 0 for none.
+    cross-attention sees beside the text; 0 for none. actions: numbers that say what is done within one latent frame
+    (frames it covers times numbers an action); 0 for none.
     """
 
     latent_channels: int = 16
@@ -56,6 +58,7 @@ class DiTConfig:
     padding_mask: bool = True
     fp32_modulation: bool = True
     image_context: int = 0
+    actions: int = 0
 
     def __post_init__(self) -> None:
         for name in ("patch", "max_size", "rope_ratios"):
@@ -97,21 +100,6 @@ PRESETS = {
         rope_ratios=(1.0, 1.0, 1.0), rope_bf16=False, max_size=(32, 32, 32),
     ),
 }  # fmt: skip
-
-
-def full_precision(wanted: bool, device: torch.device) -> AbstractContextManager:
-    """Keeps an enclosing autocast out of the fp32 regions, where wanted; costs nothing where there is none."""
-    if wanted and device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-class FollowingLinear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, whatever the dtype of its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class PatchEmbedding(nn.Module):
@@ -301,6 +289,11 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedding(config.input_channels, config.patch, config.width)
         self.t_embedder = nn.Sequential(Sinusoid(config.width), TimeMLP(config.width, bool(config.adaln_rank)))
         self.t_embedding_norm = RMSNorm(config.width)
+        if config.actions:
+            sizes = (config.actions, 4 * config.width)
+            self.action_embedder_B_D = ActionMLP(*sizes, config.width)
+            if config.adaln_rank:
+                self.action_embedder_B_3D = ActionMLP(*sizes, 3 * config.width)
         if config.text_projection:
             self.crossattn_proj = nn.Sequential(nn.Linear(config.text_dim, config.context_dim), nn.GELU())
         if config.image_context:
@@ -377,7 +370,7 @@ class DiT(nn.Module):
         channels = self._input(latents, conditions)
         x = self.x_embedder(channels)
         with full_precision(self.config.fp32_modulation, x.device):
-            embedding, shared = self._embed_time(timesteps)
+            embedding, shared = self._embed_time(timesteps, conditions, latents)
         residuals: dict[int, Tensor] = {}
         if conditions.controls:
             state = BaseState(x, channels[:, latents.shape[1] :], embedding, shared, text.context, rope)
@@ -424,14 +417,36 @@ class DiT(nn.Module):
             raise ValueError(f"per-frame timesteps need a temporal patch of 1, this network has {self.config.patch[0]}")
         return timesteps
 
-    def _embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, T or 1] in 0..1000 -> embedding [B, T or 1, 1, 1, D] and shared modulation [B, T or 1, 1, 1, 3D]."""
+    def _embed_time(
+        self, timesteps: Tensor, conditions: Conditions, latents: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, T or 1] in 0..1000 -> embedding [B, T or 1, 1, 1, D] and shared modulation [B, T or 1, 1, 1, 3D]; with
+        actions, of every latent frame."""
         sinusoid = self.t_embedder[0](timesteps.float() * self.config.timestep_scale)
         if not self.config.fp32_modulation:
             sinusoid = sinusoid.to(self.dtype)
         embedding, shared = self.t_embedder[1](sinusoid)
+        if (actions := self._actions(conditions, latents)) is not None:
+            mask = conditions.frame_mask
+            given = None if mask is None or latents.shape[2] == 1 else mask[:, 0, :, 0, 0]
+            embedding = embedding + placed(self.action_embedder_B_D(actions), given)
+            shared = None if shared is None else shared + placed(self.action_embedder_B_3D(actions), given)
         embedding = self.t_embedding_norm(embedding)[:, :, None, None]
         return embedding, None if shared is None else shared[:, :, None, None]
+
+    def _actions(self, conditions: Conditions, latents: Tensor) -> Tensor | None:
+        """[B or 1, T - 1, actions] in the dtype in which modulation is computed."""
+        actions, count = conditions.actions, self.config.actions
+        if actions is None:
+            return None
+        if not count:
+            raise ValueError("this network knows no actions: leave Conditions.actions None")
+        if self.config.patch[0] != 1:
+            raise ValueError(f"actions need a temporal patch of 1, this network has {self.config.patch[0]}")
+        batch, after = latents.shape[0], latents.shape[2] - 1
+        if actions.ndim != 3 or actions.shape[0] not in (1, batch) or actions.shape[1:] != (after, count):
+            raise ValueError(f"actions must be [{batch} or 1, {after}, {count}], got {list(actions.shape)}")
+        return actions.float() if self.config.fp32_modulation else actions.to(self.dtype)
 
     def _text(self, conditions: Conditions, batch: int) -> TextContext:
         """What each block's cross-attention is given."""
