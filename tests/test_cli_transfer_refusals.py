@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orrery.cli.inputs import Extent, extent, nearest_size
+from orrery.cli.inputs import Extent, extent
 from orrery.cli.main import main
 from orrery.errors import InputError
 from orrery.video import Video
+from orrery.weights import SIZES
+from orrery.weights.catalogue import nearest_size
 
 PROMPT = "a red ball falls and bounces"
 
@@ -145,8 +147,13 @@ def test_what_is_missing_is_called_by_its_option(folder: Path, capsys: pytest.Ca
 
 
 def test_sizes_by_name_follow_the_shape_of_the_input() -> None:
-    assert nearest_size("720", (1080, 1920)) == (704, 1280) and nearest_size("720", (480, 640)) == (704, 960)
-    assert nearest_size("480", (500, 500)) == (480, 480) and nearest_size("256", (1920, 1080)) == (320, 192)
+    def nearest(resolution: str, shape: tuple[int, int]) -> tuple[int, int]:
+        return nearest_size(SIZES[resolution].values(), shape)
+
+    assert nearest("720", (1080, 1920)) == (704, 1280) and nearest("720", (480, 640)) == (704, 960)
+    assert nearest("480", (500, 500)) == (480, 480) and nearest("256", (1920, 1080)) == (320, 192)
+    assert nearest("720", (100, 157)) == (704, 1280) and nearest("720", (100, 154)) == (704, 960)  # 16:9 and 4:3 meet
+    assert nearest_size([(64, 64), (64, 128)], (10, 19)) == (64, 128)  # sizes that were not published
 
 
 def test_extents_are_read_off_headers(tmp_path: Path) -> None:

@@ -124,9 +124,14 @@ class TransferSpec:
     source: str = ""
 
     @property
+    def acting(self) -> "tuple[ControlSpec, ...]":
+        """Its controls with a weight above 0: no branch is needed for the others."""
+        return tuple(control for control in self.controls if control.weight > 0)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
-        """Of its controls."""
-        return tuple(control.kind for control in self.controls)
+        """Of the controls that act."""
+        return tuple(control.kind for control in self.acting)
 
 
 def _as_text(value: Any) -> Any:

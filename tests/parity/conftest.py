@@ -20,15 +20,29 @@ class Unguarded:
     def check_text_safety(self, prompt):
         return True
 
+    def check_video_safety(self, video):
+        return video
+
+
+class NoGuardrail:
+    """Called like the guardrail's class, makes an `Unguarded`: which is no instance of it, so that Predict's pipeline
+    does not round to whole grey levels for a check that is not made."""
+
+    def __new__(cls):
+        return Unguarded()
+
 
 @pytest.fixture
-def without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision serves the oracle to resize a mask and to read an image, and may be missing beside a CPU torch."""
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For torchvision, which serves the oracle to resize a mask and to read an image and may be missing beside a CPU
+    torch; and for the guardrail, which a pipeline without one would make."""
     pytest.importorskip("diffusers.pipelines.cosmos.pipeline_cosmos2_5_transfer")
     from diffusers.models.controlnets import controlnet_cosmos
     from diffusers.models.transformers import transformer_cosmos
-    from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict
+    from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict, pipeline_cosmos2_5_transfer
 
+    for module in (pipeline_cosmos2_5_predict, pipeline_cosmos2_5_transfer):
+        monkeypatch.setattr(module, "CosmosSafetyChecker", NoGuardrail)
     resize = SimpleNamespace(
         functional=SimpleNamespace(
             resize=lambda x, size, interpolation: torch.nn.functional.interpolate(x, size=size, mode="nearest")

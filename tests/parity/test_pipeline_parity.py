@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 pipeline_module = pytest.importorskip("diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict")
 transformer_module = pytest.importorskip("diffusers.models.transformers.transformer_cosmos")
 
-pytestmark = pytest.mark.usefixtures("without_torchvision")
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 PER_PIXEL = 1e-3  # on [0, 1]
 HEIGHT, WIDTH, FRAMES, STEPS, SEED = 32, 48, 9, 6, 3
@@ -59,18 +59,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory, oracle) -> Path:
     return folder
 
 
-class Unguarded:
-    """In place of the guardrail, which needs models of its own."""
-
-    def to(self, device):
-        return self
-
-    def check_text_safety(self, prompt):
-        return True
-
-
 def theirs(folder: Path):
-    pipeline = pipeline_module.Cosmos2_5_PredictBasePipeline.from_pretrained(folder, safety_checker=Unguarded())
+    pipeline = pipeline_module.Cosmos2_5_PredictBasePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -19,7 +19,7 @@ pipeline_module = pytest.importorskip("diffusers.pipelines.cosmos.pipeline_cosmo
 transformer_module = pytest.importorskip("diffusers.models.transformers.transformer_cosmos")
 controlnet_module = pytest.importorskip("diffusers.models.controlnets.controlnet_cosmos")
 
-pytestmark = pytest.mark.usefixtures("without_torchvision")
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 PER_PIXEL = 1e-3  # on [0, 1]
 HEIGHT, WIDTH, FRAMES, STEPS, SEED = 32, 48, 9, 6, 3
@@ -54,21 +54,8 @@ def new_pipeline(oracle, image: int):
     )  # fmt: skip
     return pipeline_module.Cosmos2_5_TransferPipeline(
         text_encoder=oracle.text_encoder(), tokenizer=oracle.tokenizer(), transformer=transformer, vae=oracle.vae(),
-        scheduler=scheduler, controlnet=controlnet, safety_checker=Unguarded(),
+        scheduler=scheduler, controlnet=controlnet, safety_checker=oracle.Unguarded(),
     )  # fmt: skip
-
-
-class Unguarded:
-    """In place of the guardrail, which needs models of its own."""
-
-    def to(self, device):
-        return self
-
-    def check_text_safety(self, prompt):
-        return True
-
-    def check_video_safety(self, video):
-        return video
 
 
 @pytest.fixture(scope="module", params=[0, 12], ids=["plain", "image context"])
@@ -94,7 +81,7 @@ def moving(count: int) -> Video:
 
 def from_diffusers(folder: Path, control: Video, weight: float, chunk: int, overlap: int) -> np.ndarray:
     """uint8 frames [T, H, W, 3]: the pipeline rounds for its guardrail whatever it is asked for."""
-    pipeline = pipeline_module.Cosmos2_5_TransferPipeline.from_pretrained(folder, safety_checker=Unguarded())
+    pipeline = pipeline_module.Cosmos2_5_TransferPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     noise = numpy_noise(SEED, (1, 16, (chunk - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8))
     frames = pipeline(

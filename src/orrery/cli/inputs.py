@@ -10,11 +10,12 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from orrery.control.inputs import ARRAY_SUFFIXES, check_aspect, check_fps
+from orrery.control.inputs import ARRAY_SUFFIXES, check_aspect, check_fps, truth_in
 from orrery.errors import InputError, note
 from orrery.specs import TransferSpec
 from orrery.video import IMAGE_SUFFIXES, Video
 from orrery.weights import SIZES
+from orrery.weights.catalogue import nearest_size
 
 IMAGE_FPS = 1.0  # as `Video.read` has it
 
@@ -41,17 +42,6 @@ class Footage:
     fps: float
     size: tuple[int, int]
     drawn: int
-
-
-def nearest_size(resolution: str, size: tuple[int, int]) -> tuple[int, int]:
-    """(H, W) of a resolution by name, in the published aspect ratio nearest to that of `size` (by squared difference,
-    as published)."""
-
-    def distance(aspect: str) -> float:
-        width, height = map(int, aspect.split(":"))
-        return (width / height - size[1] / size[0]) ** 2
-
-    return SIZES[resolution][min(SIZES[resolution], key=distance)]
 
 
 def look(spec: TransferSpec, fps: float | None = None) -> Footage:
@@ -93,7 +83,7 @@ def _looked(spec: TransferSpec, fps: float | None) -> Footage:
     footage = Footage(whole.frames, needed, rate, whole.size, drawn)
     for control in spec.controls:
         if control.path is not None and control.path != path:
-            _check_control(control.kind, _truth(control.kind, control.path), path, footage)
+            _check_control(control.kind, truth_in(control.path, control.kind), path, footage)
         if control.mask is not None:
             _check_mask(f"the mask of {control.kind}", control.mask, path, footage)
     if spec.hold is not None:
@@ -105,26 +95,13 @@ def _is_footage(path: Path) -> bool:
     return path.suffix.lower() not in ARRAY_SUFFIXES and not path.is_dir()
 
 
-def _truth(kind: str, path: Path) -> Path:
-    """Of the folder of a simulated clip, the file that holds the truth of this kind."""
-    if not path.is_dir():
-        return path
-    from orrery.control.signals import TRUTH  # which waits for torch
-
-    if kind not in TRUTH:
-        raise InputError(f"{path} is a folder; a simulated clip gives depth and seg, {kind} is made of its video")
-    if not (path / TRUTH[kind]).is_file():
-        raise InputError(f"{path} is no folder of a simulated clip with {kind}: there is no {TRUTH[kind]} in it")
-    return path / TRUTH[kind]
-
-
 def _check_control(kind: str, path: Path, source: Path, footage: Footage) -> None:
     have = extent(path)
     _check_length(f"the {kind} control", path, have, source, footage)
     if footage.frames > 1 and have.fps is not None:
         check_fps(str(path), have.fps, footage.fps)
     # A control video that an earlier transfer wrote has the size that was drawn, a published one of nearly this shape.
-    if have.size not in {nearest_size(resolution, footage.size) for resolution in SIZES}:
+    if have.size not in {nearest_size(sizes.values(), footage.size) for sizes in SIZES.values()}:
         check_aspect(str(path), have.size, footage.size)
 
 

@@ -47,12 +47,11 @@ def run(
     wanted = opt.parse_size(size, resolution, aspect)
     if memory is not None and not memory > 0:
         raise InputError(f"--memory must be above 0 GiB, got {memory}")
-    import torch
     from rich.console import Console
 
     from orrery.weights import find_model
     from orrery.world.devices import DTYPES
-    from orrery.world.plan import Shape, device_bytes, make_plan, measure
+    from orrery.world.plan import Shape, make_plan, measure
     from orrery.world.request import Factors, check_frames, check_size
 
     if dtype not in DTYPES:
@@ -66,10 +65,7 @@ def run(
     # A control video is encoded as long as what is drawn at once; a start is 5 frames at most.
     shape = Shape((height, width), drawn, drawn if branches else 5, texts, branches)
     numbers, vae_numbers = DTYPES[dtype], DTYPES[config.vae_dtype]
-    cards: list[tuple[str, float]] = [(f"{size} GiB", size * GIB) for size in ([memory] if memory else CARDS)]
-    if memory is None and torch.cuda.is_available():
-        cards.insert(0, (torch.cuda.get_device_name(), device_bytes(torch.device("cuda"))))
-    plans = [(label, make_plan(config, shape, size, numbers, vae_numbers)) for label, size in cards]
+    plans = [(label, make_plan(config, shape, size, numbers, vae_numbers)) for label, size in _memories(memory)]
     length = f"{total} frames" + f" in chunks of {drawn}" * (total > drawn)
     controls = f", control by {', '.join(config.controls)}" * bool(branches)
     console = Console()
@@ -77,6 +73,18 @@ def run(
     console.print(_stages(measure(config, shape, numbers, vae_numbers)), highlight=False)
     console.print()
     console.print(_cards(plans), highlight=False)
+
+
+def _memories(asked: float | None) -> list[tuple[str, float]]:
+    """Names and bytes of the GPUs to plan for."""
+    import torch
+
+    from orrery.world.plan import device_bytes
+
+    cards: list[tuple[str, float]] = [(f"{size} GiB", size * GIB) for size in ([asked] if asked else CARDS)]
+    if asked is None and torch.cuda.is_available():
+        cards.insert(0, (torch.cuda.get_device_name(), device_bytes(torch.device("cuda"))))
+    return cards
 
 
 def _table(*columns: str) -> "Table":

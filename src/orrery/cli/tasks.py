@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orrery.cli.inputs import Footage, look, nearest_size, read_part
+from orrery.cli.inputs import Footage, look, read_part
 from orrery.cli.outputs import describe_drawing, describe_model, is_image, sha256, transfer_files
 from orrery.errors import InputError, note
 from orrery.files import check_writable
 from orrery.specs import ControlSpec, TransferSpec
 from orrery.video import VIDEO_SUFFIXES, Video
+from orrery.weights import SIZES
+from orrery.weights.catalogue import nearest_size
 
 if TYPE_CHECKING:
     from orrery.control.models import Models
@@ -45,7 +47,7 @@ class Task:
     @property
     def weights(self) -> dict[str, float]:
         """Of the controls that act, by kind."""
-        return {control.kind: control.weight for control in self.spec.controls if control.weight > 0}
+        return {control.kind: control.weight for control in self.spec.acting}
 
     @property
     def files(self) -> list[Path]:
@@ -168,7 +170,7 @@ def trial(world: "World", task: Task) -> "TransferRequest":
 
     spec, footage = task.spec, task.footage
     black = Video(np.zeros((1, *footage.size, 3), np.uint8), footage.fps)
-    controls = {control.kind: Signal(black, control.weight) for control in spec.controls}
+    controls = {control.kind: Signal(black, control.weight) for control in spec.acting}
     image = black.frames[0] if spec.image is not None or spec.image_frame is not None else None
     hold = None if spec.hold is None else np.zeros((1, *footage.size), np.float32)
     try:
@@ -201,7 +203,7 @@ def real_request(world: "World", task: Task, models: "Models") -> "TransferReque
         hold = None
         if spec.hold is not None:
             hold = read_guidance(spec.hold, footage.size, length, labels=spec.hold_labels, trim=trim)
-        controls = {each.kind: _signal(task, each, source, length, models) for each in spec.controls}
+        controls = {each.kind: _signal(task, each, source, length, models) for each in spec.acting}
         request = world.transfer_request(
             spec.prompt, source, controls, image=image, hold=hold, frames=spec.frames, **_options(task)
         )
@@ -248,7 +250,7 @@ def _options(task: Task) -> dict[str, Any]:
     spec, drawing = task.spec, task.drawing
     size = drawing.size
     if size is None and spec.resolution is not None:
-        size = nearest_size(spec.resolution, task.footage.size)
+        size = nearest_size(SIZES[spec.resolution].values(), task.footage.size)
     overlap = spec.overlap if drawing.latents is None else drawing.latents
     return dict(
         seed=spec.seed,
@@ -330,7 +332,7 @@ def _describe_control(
         "weight": control.weight,
         "weight_after_normalising": effective,
         "mask": mask,
-        "branch_hash": part_hash(world.files, f"control-{control.kind}"),
+        "branch_hash": part_hash(world.files, f"control-{control.kind}") if control.weight else None,
     }
 
 

@@ -15,9 +15,25 @@ from orrery.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Video
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 SAME = 0.02  # by how much two aspect ratios or frame rates may differ
+TRUTH = {"depth": "depth.npz", "seg": "segmentation.npz"}  # in the folder of a simulated clip
 RESAMPLING = {"linear": "INTER_LINEAR", "area": "INTER_AREA", "nearest": "INTER_NEAREST"}  # OpenCV's names
 
 Source = str | PathLike[str] | Video | np.ndarray
+
+
+def truth_in(path: Path, kind: str) -> Path:
+    """Of the folder of a simulated clip, the file that holds the truth of this kind; any other path as it is.
+
+    Raises:
+        InputError: a folder that holds none, or of which this kind is not the truth.
+    """
+    if not path.is_dir():
+        return path
+    if kind not in TRUTH:
+        raise InputError(f"{path} is a folder; a simulated clip gives depth and seg, {kind} is made of its video")
+    if not (path / TRUTH[kind]).is_file():
+        raise InputError(f"{path} is no folder of a simulated clip with {kind}: there is no {TRUTH[kind]} in it")
+    return path / TRUTH[kind]
 
 
 def name_of(source: Source) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from orrery.control.blur import blur_map
 from orrery.control.depth import depth_map, inverse_depth_map
 from orrery.control.edge import edge_map
-from orrery.control.inputs import Source, check_aspect, check_fps, check_length, load, name_of, resized
+from orrery.control.inputs import Source, check_aspect, check_fps, check_length, load, name_of, resized, truth_in
 from orrery.control.models import Models, Progress, model_name
 from orrery.control.segmentation import seg_map
 from orrery.errors import InputError, note
@@ -18,7 +18,6 @@ from orrery.files import check_writable
 from orrery.kinds import control_kind
 from orrery.video import Video
 
-TRUTH = {"depth": "depth.npz", "seg": "segmentation.npz"}  # in the folder of a simulated clip
 MADE_AS = 1  # to be raised when a kind is made in another way: what caches hold is then not found any more
 OWN = {"edge": "uint8 or bool", "blur": "uint8", "depth": "uint8 grey or float metres", "seg": "whole numbers"}
 RESIZE = {"edge": "linear", "blur": "area", "depth": "linear", "seg": "nearest"}  # specification of Transfer, section 2
@@ -124,7 +123,8 @@ def read_signal(
         InputError: not readable; another length, frame rate or aspect ratio; an array that this kind cannot be.
     """
     kind = control_kind(kind)
-    source = _truth(source, kind)
+    if not isinstance(source, Video | np.ndarray):
+        source = truth_in(Path(source), kind)
     name = name_of(source)
     loaded = load(source, f"{kind} control", camera)
     if isinstance(loaded, np.ndarray) and loaded.ndim == 2:
@@ -139,15 +139,6 @@ def read_signal(
     if pixels.shape[1:3] != tuple(size):
         check_aspect(name, pixels.shape[1:3], size if shape is None else shape)
     return Video(resized(pixels, size, RESIZE[kind]), fps)
-
-
-def _truth(source: Source, kind: str) -> Source:
-    """Of the folder of a simulated clip, the file that holds the truth of this kind."""
-    if isinstance(source, Video | np.ndarray) or not Path(source).is_dir():
-        return source
-    if kind not in TRUTH:
-        raise InputError(f"{source} is a folder; a simulated clip gives depth and seg, {kind} is made of its video")
-    return Path(source) / TRUTH[kind]
 
 
 def _painted(array: np.ndarray, kind: str, name: str, seed: int) -> np.ndarray:

@@ -53,7 +53,8 @@ class Conditions:
     image: tokens of a reference image [B or 1, M, image_context], for a network with image context and a text that is
     not encoded yet; None for none (zeros, which the network does see).
     controls: control branches that act on this pass, each with its signal and its weight.
-    actions: [B or 1, T - 1, values], what is done before each latent frame but the first, for a network that has them.
+    actions: [B or 1, T - 1, values], what is done before each latent frame but the first, for a network that has them;
+    None for no terms of actions at all, which is not the same as actions of zero.
     """
 
     text: Tensor | TextContext

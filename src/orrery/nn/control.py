@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from orrery.nn.dit import BaseState, Block, DiT, DiTConfig, KeysValues, PatchEmbedding, Projected
+from orrery.nn.dit import BaseState, Block, DiT, DiTConfig, PatchEmbedding
 
 
 @dataclass(frozen=True)
@@ -88,23 +88,16 @@ class ControlBranch(nn.Module):
             mine.load_state_dict(theirs.state_dict(), strict=False)
         return self
 
-    def encode_text(self, context: Projected) -> tuple[KeysValues, ...]:
-        """Keys and values of a projected text (`TextContext.context`) in every block of the branch."""
-        return tuple(cast(ControlBlock, block).keys_values(context) for block in self.control_blocks)
-
-    def forward(
-        self, latents: Tensor, state: BaseState, text: tuple[KeysValues, ...] | None = None
-    ) -> Iterator[Tensor]:
+    def forward(self, latents: Tensor, state: BaseState) -> Iterator[Tensor]:
         """What the branch would add after each of its places: [B, T, H, W, D] each, one after the other.
 
-        latents: of the control video [B or 1, at most `channels`, T, H, W]. text: `encode_text` of the pass's text.
+        latents: of the control video [B or 1, at most `channels`, T, H, W].
         """
         x = self.control_embedder(self._input(latents, state))
-        for index, block in enumerate(cast("list[ControlBlock]", self.control_blocks)):
+        for block in cast("list[ControlBlock]", self.control_blocks):
             if block.before_proj is not None:
                 x = block.before_proj(x) + state.tokens
-            layer = text[index] if text is not None else block.keys_values(state.context)
-            x = block(x, state.embedding, state.shared, layer, state.rope)
+            x = block(x, state.embedding, state.shared, block.keys_values(state.context), state.rope)
             yield block.after_proj(x)
 
     def _input(self, latents: Tensor, state: BaseState) -> Tensor:

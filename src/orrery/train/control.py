@@ -32,7 +32,7 @@ from orrery.train.recipe import BranchRecipe, ControlRecipe
 from orrery.train.sheets import save_sheet, to_uint8
 from orrery.weights.config import read_config
 from orrery.weights.sources import find_model
-from orrery.weights.store import load_model, model_hash, save_control
+from orrery.weights.store import load_model, model_hash, part_hash, save_control
 
 
 class ControlClips(ClipDataset):
@@ -89,7 +89,7 @@ class ControlTask(FlowTask):
         self._without: dict[str, float] = {}
 
     def _open_vae(self) -> tuple[VAE, str]:
-        return self.frozen.vae, model_hash(self.files)
+        return self.frozen.vae, part_hash(self.files, "vae")
 
     def _networks(self) -> nn.ModuleDict:
         torch.manual_seed(self.recipe.seed)

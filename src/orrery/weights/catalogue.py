@@ -5,7 +5,7 @@ No torch is imported here: `orrery models` answers at once.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,6 +43,11 @@ SIZES: dict[str, dict[str, tuple[int, int]]] = {
     "1080": {"1:1": (1024, 1024), "4:3": (1056, 1440), "3:4": (1440, 1056), "16:9": (1056, 1920), "9:16": (1920, 1056)},
 }
 ASPECTS = tuple(SIZES["720"])
+_RATIOS = {
+    size: int(aspect.partition(":")[0]) / int(aspect.partition(":")[2])
+    for sizes in SIZES.values()
+    for aspect, size in sizes.items()
+}
 
 
 @dataclass(frozen=True)
@@ -319,6 +324,16 @@ def control_of_file(path: Path) -> str | None:
 def _is_of(path: Path, files: HubFiles) -> bool:
     identifier = next((part for part in reversed((files.file or "").split("/")) if part.count("-") >= 4), "")
     return bool(identifier) and identifier.removesuffix("_ema_bf16.pt") in str(path)
+
+
+def nearest_size(sizes: Iterable[tuple[int, int]], shape: tuple[int, int]) -> tuple[int, int]:
+    """The (H, W) of `sizes` whose aspect ratio, width to height, is nearest to that of `shape`, by squared difference
+    as published; a published size counts as the ratio that it is named after (704x1280 as 16:9)."""
+
+    def distance(size: tuple[int, int]) -> float:
+        return (_RATIOS.get(size, size[1] / size[0]) - shape[1] / shape[0]) ** 2
+
+    return min(sizes, key=distance)
 
 
 def size_of(resolution: str, aspect: str = "16:9") -> tuple[int, int]:

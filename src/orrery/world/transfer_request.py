@@ -14,6 +14,7 @@ from orrery.control.signals import SignalCache, make_signal, read_signal
 from orrery.errors import InputError
 from orrery.kinds import control_kind
 from orrery.video import Video
+from orrery.weights.catalogue import nearest_size
 from orrery.world.request import GIVEN_LATENTS, MOST_FRAMES, Request, Start, as_video, settle, whole
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _size(world: "World", size: tuple[int, int] | None, shape: tuple[int, int]) 
     if size is not None:
         return size
     trained = world.config.trained_sizes or (world.config.resolution,)
-    return min(trained, key=lambda each: abs(math.log(each[1] / each[0]) - math.log(shape[1] / shape[0])))
+    return nearest_size(trained, shape)
 
 
 def _prepare(
