@@ -83,6 +83,11 @@ class VAEConfig:
         """Channels of a patch of pixels: 3 * temporal_patch * patch²."""
         return 3 * self.temporal_patch * self.patch**2
 
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame, after the first."""
+        return self.temporal_patch * 2 ** sum(self.temporal_down)
+
 
 # fmt: off
 _WAN21_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -222,7 +227,7 @@ class VAE(nn.Module):
     @property
     def temporal_factor(self) -> int:
         """Frames per latent frame, after the first."""
-        return self.config.temporal_patch * 2 ** sum(self.config.temporal_down)
+        return self.config.temporal_factor
 
     def with_statistics(self, mean: Iterable[float], std: Iterable[float]) -> VAE:
         """Store the per-channel mean and standard deviation of un-normalised latents in the config; returns self."""

@@ -40,7 +40,8 @@ class Episode:
 
     control(model, data, frame, substep, substeps) is called before every physics step and may return the frame's
     action. describe(trace, visible) gives the caption, or None to reject this draw: visible [V, n] bool says which
-    things each camera saw (all True when only the physics is asked about). draw_map(model, data, camera, frame, size)
+    things each camera saw (all True when only the physics is asked about; None if `blind`, which says that the caption
+    does not depend on it, and nothing was drawn but colour). draw_map(model, data, camera, frame, size)
     draws the world-scenario map [size, size, 3] uint8; `lanes` are its polylines (see Road.polylines).
     """
 
@@ -48,12 +49,13 @@ class Episode:
     files: dict[str, bytes]
     things: tuple[Thing, ...]
     cameras: tuple[str, ...]
-    describe: Callable[[Trace, np.ndarray], str | None]
+    describe: Callable[[Trace, np.ndarray | None], str | None]
     action_names: tuple[str, ...] = ()
     start: Callable[[Any, Any], None] | None = None
     control: Callable[[Any, Any, int, int, int], np.ndarray | None] | None = None
     draw_map: Callable[[Any, Any, str, int, int], np.ndarray] | None = None
     lanes: tuple[dict[str, Any], ...] = ()
+    blind: bool = False
 
 
 @dataclass(frozen=True)

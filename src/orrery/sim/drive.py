@@ -165,8 +165,9 @@ def _xml(look: Look, assets: str, vehicles: list[Vehicle]) -> str:
 
 def _describer(
     things: list[Thing], look: Look, road: Road, free: list[bool]
-) -> Callable[[Trace, np.ndarray], str | None]:
-    def describe(trace: Trace, visible: np.ndarray) -> str | None:
+) -> Callable[[Trace, np.ndarray | None], str | None]:
+    def describe(trace: Trace, visible: np.ndarray | None) -> str | None:
+        assert visible is not None
         places = np.array([[road.locate(p[:2]) for p in row] for row in trace.position[[0, -1]]])
         deed = _deed(road, trace.position[:, -1, :2], places[:, -1])
         if deed is None or not free[0]:

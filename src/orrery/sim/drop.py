@@ -87,8 +87,9 @@ def _xml(look: Look, assets: str, bodies: str, bouncy: bool) -> str:
 <camera name="front" pos="0 -6.4 3.3" xyaxes="1 0 0 0 .3 .954" fovy="42"/></worldbody></mujoco>"""
 
 
-def _describer(things: list[Thing], look: Look) -> Callable[[Trace, np.ndarray], str | None]:
-    def describe(trace: Trace, visible: np.ndarray) -> str | None:
+def _describer(things: list[Thing], look: Look) -> Callable[[Trace, np.ndarray | None], str | None]:
+    def describe(trace: Trace, visible: np.ndarray | None) -> str | None:
+        assert visible is not None
         verbs = [_verb(trace, i, thing) for i, thing in enumerate(things)]
         if None in verbs or not visible.all() or not _in_view(trace):
             return None

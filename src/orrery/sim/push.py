@@ -62,7 +62,7 @@ def build(rng: np.random.Generator, look: Look, frames: int) -> Episode:
         return plan[frame] if substep == 0 else None
 
     assets, files = look.assets()
-    xml = _xml(look, assets, bodies)
+    xml = arm_and_table(look, assets, bodies)
     actions = ("peg_velocity_x", "peg_velocity_y")
     return Episode(xml, files, tuple(things), ("front",), _describer(things, look), actions, start, control)
 
@@ -87,7 +87,11 @@ def _plan(rng: np.random.Generator, way: np.ndarray, frames: int) -> np.ndarray:
     return plan
 
 
-def _xml(look: Look, assets: str, bodies: str) -> str:
+def arm_and_table(
+    look: Look, assets: str, bodies: str, peg: str = ".12 .12 .14 1", up: str = "0 .82 .572", fovy: float = 42
+) -> str:
+    """MJCF of the table, the arm over it with a peg of that RGBA, the camera `front` (its upward axis, its field of
+    view in degrees), and `bodies`."""
     link = 'rgba=".95 .95 .95 1" contype="0" conaffinity="0"'
     return f"""<mujoco><option integrator="implicitfast"/><compiler angle="degree"/>
 <visual>{look.headlight()}<quality shadowsize="1024" offsamples="0"/><map znear=".02"/>
@@ -101,13 +105,14 @@ def _xml(look: Look, assets: str, bodies: str) -> str:
   <body name="fore" pos="{UPPER} 0 0"><joint name="elbow" axis="0 0 1" damping="2"/>
    <geom type="sphere" size=".065" rgba=".3 .3 .35 1" contype="0" conaffinity="0"/>
    <geom type="capsule" fromto="0 0 0 {FORE} 0 0" size=".038" {link}/>
-   <geom type="cylinder" fromto="{FORE} 0 .02 {FORE} 0 -.34" size=".05" rgba=".12 .12 .14 1"/></body></body></body>
-<camera name="front" pos="0 -1.45 2.05" xyaxes="1 0 0 0 .82 .572" fovy="42"/>{bodies}</worldbody>
+   <geom type="cylinder" fromto="{FORE} 0 .02 {FORE} 0 -.34" size=".05" rgba="{peg}"/></body></body></body>
+<camera name="front" pos="0 -1.45 2.05" xyaxes="1 0 0 {up}" fovy="{fovy:g}"/>{bodies}</worldbody>
 <actuator><position joint="shoulder" kp="400"/><position joint="elbow" kp="400"/></actuator></mujoco>"""
 
 
-def _describer(things: list[Thing], look: Look) -> Callable[[Trace, np.ndarray], str | None]:
-    def describe(trace: Trace, visible: np.ndarray) -> str | None:
+def _describer(things: list[Thing], look: Look) -> Callable[[Trace, np.ndarray | None], str | None]:
+    def describe(trace: Trace, visible: np.ndarray | None) -> str | None:
+        assert visible is not None
         blocks = range(len(things) - 1)
         move = trace.position[-1, :-1] - trace.position[0, :-1]
         place = trace.position[:, :-1]

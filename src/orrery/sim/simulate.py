@@ -10,7 +10,8 @@ from orrery.sim.clip import Clip, Episode, Thing, Trace
 from orrery.sim.looks import LOOKS, Look
 from orrery.sim.render import camera_for, import_mujoco
 
-SCENES = ("drop", "push", "drive")
+SCENES = ("drop", "push", "drive", "tabletop")
+PLAIN = ("tabletop",)  # scenes of one look
 FPS, FRAMES, SUBSTEPS = 12.0, 17, 40
 VISIBLE_PIXELS = 12  # at 64 x 64: fewer than this over a whole clip is not seen
 ATTEMPTS = 60
@@ -26,15 +27,16 @@ def simulate(
 ) -> Clip:
     """One clip of a scene. The seed fixes the physics and (look=None) which look; the same seed moves the same in both.
 
-    Args: scene `drop`, `push` or `drive`; seed >= 0; look `plain`, `real` or None; size in pixels (square, 16..1024);
-    frames 5..1000; truth False leaves depth and segmentation out of the clip (they are drawn once, for the caption).
+    Args: scene `drop`, `push`, `drive` or `tabletop`; seed >= 0; look `plain`, `real` or None; size in pixels (square,
+    16..1024); frames 5..1000; truth False leaves depth and segmentation out of the clip (they are drawn all the same
+    where the caption asks what is seen).
     Raises InputError for values outside these, OrreryError if no draw of the seed gives a true caption.
     """
     check_request(scene, seed, look, size, frames)
     build = import_module(f"orrery.sim.{scene}").build
     number = SCENES.index(scene)
     taste = np.random.default_rng([number, seed, 1])
-    chosen = str(taste.choice(LOOKS))
+    chosen = "plain" if scene in PLAIN else str(taste.choice(LOOKS))
     drawn = Look.draw(look or chosen, taste)
     for attempt in range(ATTEMPTS):
         rng = np.random.default_rng([number, seed, 0, attempt])
@@ -43,8 +45,9 @@ def simulate(
         trace = _run(model, episode, frames)
         if episode.describe(trace, np.ones((len(episode.cameras), len(episode.things)), bool)) is None:
             continue
-        shots = _draw(model, episode, trace, drawn, size)
-        seen = _visible(shots["segmentation"], len(episode.things), size)
+        looked = truth or not episode.blind
+        shots = _draw(model, episode, trace, drawn, size, looked)
+        seen = _visible(shots["segmentation"], len(episode.things), size) if looked else None
         caption = episode.describe(trace, seen)
         if caption is not None:
             if not truth:
@@ -64,8 +67,9 @@ def check_request(
     """Raises InputError for values that `simulate` refuses."""
     if scene not in SCENES:
         raise InputError(f"unknown scene {scene!r}; the scenes are {', '.join(SCENES)}")
-    if look not in (None, *LOOKS):
-        raise InputError(f"unknown look {look!r}; the looks are {', '.join(LOOKS)}")
+    looks = ("plain",) if scene in PLAIN else LOOKS
+    if look not in (None, *looks):
+        raise InputError(f"unknown look {look!r}; the looks of {scene} are {', '.join(looks)}")
     for name, value, low, high in (("seed", seed, 0, 2**31), ("size", size, 16, 1024), ("frames", frames, 5, 1000)):
         if not low <= value <= high:
             raise InputError(f"{name} {value} is outside {low}..{high}")
@@ -107,7 +111,7 @@ def _run(model: Any, episode: Episode, frames: int) -> Trace:
     return Trace(np.array(position), np.array(quaternion), contacts, states, np.array(actions, np.float32))
 
 
-def _draw(model: Any, episode: Episode, trace: Trace, look: Look, size: int) -> dict[str, Any]:
+def _draw(model: Any, episode: Episode, trace: Trace, look: Look, size: int, truth: bool) -> dict[str, Any]:
     mj = import_mujoco()
     data = mj.MjData(model)
     camera = camera_for(model, size)
@@ -123,9 +127,9 @@ def _draw(model: Any, episode: Episode, trace: Trace, look: Look, size: int) -> 
         mj.mj_setState(model, data, state, mj.mjtState.mjSTATE_INTEGRATION)
         mj.mj_forward(model, data)
         for v, name in enumerate(names):
-            colour[v, t], d, geoms = camera.shoot(data, name, truth=True)
-            assert d is not None and geoms is not None
-            depth[v, t], segmentation[v, t] = d, thing_of[geoms]
+            colour[v, t], d, geoms = camera.shoot(data, name, truth)
+            if d is not None and geoms is not None:
+                depth[v, t], segmentation[v, t] = d, thing_of[geoms]
             extrinsics[v, t] = _extrinsics(data, model.camera(name).id)
             if maps is not None and episode.draw_map:
                 maps[v, t] = episode.draw_map(model, data, name, t, size)

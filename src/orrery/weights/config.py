@@ -22,6 +22,7 @@ SOLVERS = ("unipc", "euler", "renoise")
 SCHEDULES = ("shift", "karras", "distilled")
 VAE_DTYPES = ("float32", "bfloat16")
 CONVENTIONS = ("official", "diffusers")
+HANDOVERS = ("latents", "frames")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,50 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class ActionConfig:
+    """Of a model that is told what a robot does: an action a frame, A numbers each.
+
+    names: of the A numbers. mean, std: [A], of the actions it was trained on; the network is told (a - mean) / std.
+    scale: [A] or empty, factors that belong to the published definition of an action and come before that (20 for the
+    six of the pose, 1 for the gripper). low, high: [A] or empty, what an action may be.
+    window: latent frames that the network sees at once, given and new. given: how many of them are given at most.
+    handover: what goes on from one call to the next: "latents", the latest as they are; "frames", the latest frame,
+    encoded anew (as published).
+    """
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: tuple[float, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    window: int = 4
+    given: int = 1
+    handover: str = "frames"
+
+    def __post_init__(self) -> None:
+        for name in ("names", "mean", "std", "scale", "low", "high"):
+            value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value)
+            if len(value) != len(self.names) and (value or name in ("mean", "std")):
+                raise ValueError(f"actions: {name} has {len(value)} values for {len(self.names)} names")
+        if not self.names:
+            raise ValueError("actions: names is empty; an action has at least 1 number")
+        numbers = (*self.mean, *self.std, *self.scale, *self.low, *self.high)
+        if not all(map(math.isfinite, numbers)) or min(self.std) <= 0:
+            raise ValueError(f"actions: all numbers must be finite and std above 0, std is {self.std}")
+        if not 1 <= self.given < self.window:
+            raise ValueError(f"actions: given is {self.given}, allowed is 1 to window - 1 = {self.window - 1}")
+        if self.handover not in HANDOVERS:
+            raise ValueError(f"actions: handover is {self.handover!r}; allowed are {', '.join(HANDOVERS)}")
+
+    @property
+    def dimensions(self) -> int:
+        """A."""
+        return len(self.names)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything in config.json.
 
@@ -80,6 +125,7 @@ class ModelConfig:
     vae_dtype: str = "float32"
     shared: Mapping[str, str] = field(default_factory=dict)
     controls: Mapping[str, ControlConfig] = field(default_factory=dict)
+    actions: ActionConfig | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,6 +148,12 @@ class ModelConfig:
             raise ValueError(
                 f"the transformer has {self.transformer.latent_channels} latent channels, "
                 f"the VAE {self.vae.latent_channels}"
+            )
+        per_latent = 0 if self.actions is None else self.actions.dimensions * self.vae.temporal_factor
+        if self.transformer.actions != per_latent:
+            raise ValueError(
+                f"the transformer takes {self.transformer.actions} numbers of actions a latent frame, "
+                f"the config's actions have {per_latent}"
             )
         object.__setattr__(self, "controls", _ordered(self.controls))
         for kind, control in self.controls.items():
@@ -129,8 +181,11 @@ class ModelConfig:
         return dataclasses.replace(self, transformer=transformer, sampling=sampling)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict, the inverse of `from_json`."""
-        return dataclasses.asdict(self)
+        """A JSON-able dict, the inverse of `from_json`; one without actions does not speak of them."""
+        values = dataclasses.asdict(self)
+        if self.actions is None:
+            del values["actions"]
+        return values
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "ModelConfig":
@@ -148,6 +203,8 @@ class ModelConfig:
         built["controls"] = {
             kind: _dataclass(ControlConfig, branch, f"control {kind}") for kind, branch in controls.items()
         }
+        actions = values.get("actions")
+        built["actions"] = None if actions is None else _dataclass(ActionConfig, actions, "actions")
         return ModelConfig(**dict(values) | built)
 
 
