@@ -183,8 +183,8 @@ def test_plan_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert call("plan", "predict2.5-2b", *words) == 2
         assert message in last_line(capsys)
-    assert call("plan", "predict2.5-2b-action") == 2
-    assert "not supported yet: it needs action conditioning" in last_line(capsys)
+    assert call("plan", "predict2.5-2b-gr00t") == 2
+    assert "needs a causal rollout, latent after latent" in last_line(capsys)
 
 
 def test_models_describes_without_weights(capsys: pytest.CaptureFixture[str]) -> None:

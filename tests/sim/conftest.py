@@ -5,29 +5,6 @@ from functools import cache
 import pytest
 
 
-def _reason() -> str:
-    """Why nothing can be simulated here, or an empty string."""
-    from orrery.errors import OrreryError
-    from orrery.sim.render import import_mujoco
-
-    try:
-        mujoco = import_mujoco()
-    except OrreryError as error:
-        return str(error)
-    try:
-        mujoco.GLContext(16, 16).free()
-    except Exception as error:  # each backend raises its own
-        return f"no headless OpenGL context: {error}"
-    return ""
-
-
-def pytest_collection_modifyitems(items):
-    ours = [item for item in items if item.path.parent.name == "sim"]
-    if ours and (reason := _reason()):
-        for item in ours:
-            item.add_marker(pytest.mark.skip(reason=reason))
-
-
 @cache
 def _clip(scene, seed, look, size):
     from orrery.sim import simulate

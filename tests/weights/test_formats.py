@@ -101,7 +101,8 @@ def test_every_published_model_can_be_found_without_a_network() -> None:
                 find_model(entry.name)
             continue
         files = find_model(entry.name)
-        assert files.config.frames == 93 and files.config.resolution == (704, 1280) and files.config.fps == 16
+        native = (13, (256, 320), 4) if entry.actions else (93, (704, 1280), 16)
+        assert (files.config.frames, files.config.resolution, files.config.fps) == native
         branches = {f"control-{kind}" for kind in entry.kinds}
         assert set(files.parts) - {"image"} == {"transformer", "vae", "text"} | branches
         assert {files.parts[name].layout for name in ("transformer", *branches)} == {"official"}
@@ -150,7 +151,6 @@ def test_an_unknown_official_file_is_sampled_by_its_size_aloud(parts, tmp_path: 
     "key, what",
     [
         ("view_embeddings.weight", "a multi-view model"),
-        ("action_embedder_B_D.fc1.weight", "an action-conditioned model"),
         ("blocks.0.cam_encoder.weight", "a camera-conditioned model"),
         ("blocks.0.cross_view_attn.q_proj.weight", "a multi-view model"),
         ("input_hint_block.0.weight", "a multi-view model"),

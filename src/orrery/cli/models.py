@@ -18,7 +18,8 @@ def run(
     ] = None,
     control: Controls = None,
 ) -> None:
-    """List the models with size and state, or describe one: networks, controls, sampling, where its weights lie.
+    """List the models with size and state, or describe one: networks, controls, actions, sampling, where its weights
+    lie.
 
     Nothing is downloaded here, but for a hub repository's small files.
 
@@ -39,7 +40,8 @@ def run(
     table.add_column("what it is")
     for entry in CATALOGUE.values():
         controls = f"; controls: {', '.join(entry.kinds)}" if entry.kinds else ""
-        table.add_row(entry.name, f"{entry.size / 1e9:.3g}", entry.state, entry.summary + controls)
+        actions = f"; actions: {', '.join(entry.action_names)}" if entry.action_names else ""
+        table.add_row(entry.name, f"{entry.size / 1e9:.3g}", entry.state, entry.summary + controls + actions)
     Console().print(table)
     typer.echo(
         "\nA model folder, an official .pt, a diffusers directory and OWNER/NAME of a hub repository are models too."
@@ -64,7 +66,7 @@ def describe(model: str, controls: dict[str, str | None] | None = None) -> None:
     typer.echo(f"  native size    {height}x{width}, {config.frames} frames at {config.fps:g} a second")
     for name, count in _parameters(config).items():
         typer.echo(f"  {name:13}  {count / 1e6:,.2f} M parameters")
-    for line in _branches(model, files):
+    for line in (*_branches(model, files), *_actions(config)):
         typer.echo(line)
     typer.echo(
         f"  sampling       {sampling.solver}, {sampling.schedule} schedule, {sampling.steps} steps, "
@@ -106,6 +108,35 @@ def _branches(model: str, files: "ModelFiles") -> list[str]:
         what = f"{count / 1e6:,.2f} M parameters, after blocks {places}, {control.channels} channels{size}"
         lines.append(f"  {kind + ' branch':13}  {what}")
     return lines
+
+
+def _actions(config: "ModelConfig") -> list[str]:
+    """Of a model that is told actions: what their numbers are, how they are told, and its window."""
+    actions = config.actions
+    if actions is None:
+        return []
+    frames, latents = config.vae.temporal_factor, actions.window
+    covered = 1 + (latents - 1) * frames
+    onward = "latents as they are" if actions.handover == "latents" else "frame, encoded anew"
+    lines = [
+        f"  actions        {actions.dimensions} numbers a frame, those of {frames} frames before a latent frame "
+        f"({config.transformer.actions}): {', '.join(actions.names)}",
+        f"  window         {latents} latent frames ({covered} frames), at most {actions.given} given; a rollout goes "
+        f"on from the latest {onward}",
+    ]
+    rows = (("scale", actions.scale), ("mean", actions.mean), ("deviation", actions.std))
+    plain = {"scale": 1.0, "mean": 0.0, "deviation": 1.0}
+    told = [f"{name} {_numbers(row)}" for name, row in rows if set(row) - {plain[name]}]
+    lines.append(f"  told with      {'; '.join(told) or 'no scale, mean 0, deviation 1'}")
+    if actions.low or actions.high:
+        lines.append(f"  action range   {_numbers(actions.low) or 'any'} to {_numbers(actions.high) or 'any'}")
+    empty = {"zeros": "zeros in place of the text", "encoded": "what the text encoder makes of no words"}
+    lines.append(f"  no prompt is   {empty[actions.empty_prompt]}")
+    return lines
+
+
+def _numbers(row: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4g}" for value in row)
 
 
 def _size(model: str, files: "ModelFiles", kind: str) -> str:

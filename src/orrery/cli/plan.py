@@ -9,6 +9,7 @@ from orrery.cli import options as opt
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from orrery.weights import ModelConfig
     from orrery.world.plan import Needs, Plan
 
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
@@ -69,10 +70,23 @@ def run(
     length = f"{total} frames" + f" in chunks of {drawn}" * (total > drawn)
     controls = f", control by {', '.join(config.controls)}" * bool(branches)
     console = Console()
-    console.print(f"{model}, {height}x{width}, {length}{controls}, {dtype} (VAE {config.vae_dtype})\n", highlight=False)
+    console.print(f"{model}, {height}x{width}, {length}{controls}, {dtype} (VAE {config.vae_dtype})", highlight=False)
+    console.print(_told(config), highlight=False)
     console.print(_stages(measure(config, shape, numbers, vae_numbers)), highlight=False)
     console.print()
     console.print(_cards(plans), highlight=False)
+
+
+def _told(config: "ModelConfig") -> str:
+    """A line about the actions of a model that is told them; "" for another."""
+    actions = config.actions
+    if actions is None:
+        return ""
+    frames, names = 1 + (actions.window - 1) * config.vae.temporal_factor, ", ".join(actions.names)
+    return (
+        f"told actions: {actions.dimensions} numbers a frame ({names}), {config.transformer.actions} a latent frame; "
+        f"a rollout sees {actions.window} latent frames at once, {frames} frames\n"
+    )
 
 
 def _memories(asked: float | None) -> list[tuple[str, float]]:

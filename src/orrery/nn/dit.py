@@ -417,9 +417,7 @@ class DiT(nn.Module):
             raise ValueError(f"per-frame timesteps need a temporal patch of 1, this network has {self.config.patch[0]}")
         return timesteps
 
-    def _embed_time(
-        self, timesteps: Tensor, conditions: Conditions, latents: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _embed_time(self, timesteps: Tensor, conditions: Conditions, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, T or 1] in 0..1000 -> embedding [B, T or 1, 1, 1, D] and shared modulation [B, T or 1, 1, 1, 3D]; with
         actions, of every latent frame."""
         sinusoid = self.t_embedder[0](timesteps.float() * self.config.timestep_scale)

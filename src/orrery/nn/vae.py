@@ -294,8 +294,15 @@ class VAE(nn.Module):
             raise ValueError(f"chunk is {chunk} latent frames, must be at least 1")
         stream = Stream()
         for piece in latents.split(chunk, dim=2):
-            yield self._decode(self.denormalise(piece), stream)
-            stream.advance()
+            yield self.decode_next(piece, stream)
+
+    def decode_next(self, latents: Tensor, stream: Stream) -> Tensor:
+        """Frames [B, 3, f, H, W] of the latents [B, Z, t, h, w] that follow those `stream` has seen, for whoever has
+        them one by one; the stream is moved on."""
+        self._check_latents(latents)
+        frames = self._decode(self.denormalise(latents), stream)
+        stream.advance()
+        return frames
 
     def normalise(self, latents: Tensor) -> Tensor:
         """(latents - latent_mean) / latent_std, per channel of [B, Z, T, h, w]."""

@@ -44,6 +44,24 @@ class Stream:
         """Tell the stream that one chunk went through the whole network."""
         self.first = False
 
+    def take(self, rows: Tensor) -> Stream:
+        """The stream of some of a batch's clips. rows: int64 [n]."""
+        part = Stream()
+        part.first = self.first
+        part._past = {layer: frames.index_select(1, rows) for layer, frames in self._past.items()}
+        return part
+
+    def put(self, rows: Tensor, part: Stream) -> None:
+        """Put the stream of other clips in the place of some of the batch's.
+
+        Raises:
+            ValueError: one of the two streams has begun, the other has not.
+        """
+        if part.first != self.first or part._past.keys() != self._past.keys():
+            raise ValueError("the streams of one batch must all have begun, or none of them")
+        for layer, frames in part._past.items():
+            self._past[layer].index_copy_(1, rows, frames)
+
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, time_stride: int = 1) -> Tensor:
     """Convolve x [T, B, H, W, I] with weight [O, I, kt, kh, kw]: unpadded in time, same size in space.

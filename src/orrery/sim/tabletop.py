@@ -13,7 +13,7 @@ import numpy as np
 
 from orrery.sim.clip import Episode, Thing
 from orrery.sim.looks import Look
-from orrery.sim.push import arm_and_table, inverse_kinematics
+from orrery.sim.push import FORE, arm_and_table, inverse_kinematics
 from orrery.sim.render import Camera, camera_for, import_mujoco
 from orrery.sim.simulate import FPS, SUBSTEPS
 
@@ -22,7 +22,8 @@ REACH = (np.array([-0.56, -0.52]), np.array([0.56, 0.34]))  # where the peg may 
 HALF, HEIGHT, PEG = 0.11, 0.22, 0.05  # half the cube's side and the cylinder's radius; their height; the peg's radius
 TARGET, OTHERS = "red", ("blue", "green", "yellow")
 PEG_COLOUR = (0.95, 0.1, 0.8)
-ELBOW, FOVY = 1.0, 38.0
+ELBOW = 1.0
+CAMERA, UP, FOVY = (0.0, -1.45, 2.05), (0.0, 0.777, 0.629), 38.0  # of the fixed camera
 HELD = 4  # frames that an action of the environments lasts: one latent frame
 CAPTION = "a robot arm pushes a red cube on a table, plain look"
 
@@ -43,7 +44,7 @@ class Layout:
 def draw_layout(rng: np.random.Generator) -> Layout:
     """A layout in which nothing touches, whose goal is 0.22 to 0.42 m from the cube."""
     cube = rng.uniform([-0.34, -0.3], [0.34, 0.12])
-    goal = _near(rng, cube, 0.22, 0.42)
+    goal = draw_goal(rng, cube)
     other, colour = None, ""
     if rng.random() < 0.5:
         colour = str(rng.choice(OTHERS))
@@ -52,7 +53,8 @@ def draw_layout(rng: np.random.Generator) -> Layout:
     return Layout(peg, cube, float(rng.uniform(-45, 45)), goal, other, colour)
 
 
-def _near(rng: np.random.Generator, centre: np.ndarray, low: float, high: float) -> np.ndarray:
+def draw_goal(rng: np.random.Generator, centre: np.ndarray, low: float = 0.22, high: float = 0.42) -> np.ndarray:
+    """A goal [2] on the table, `low` to `high` metres from `centre`, which is itself well on it."""
     while True:
         angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(low, high)
         place = centre + distance * np.array([np.cos(angle), np.sin(angle)])
@@ -84,7 +86,7 @@ def model_xml(layout: Layout, look: Look) -> tuple[str, dict[str, bytes]]:
         )
     assets, files = look.assets()
     peg = "{:g} {:g} {:g} 1".format(*PEG_COLOUR)
-    return arm_and_table(look, assets, bodies, peg, "0 .777 .629", FOVY), files
+    return arm_and_table(look, assets, bodies, peg, "{:g} {:g} {:g}".format(*UP), FOVY), files
 
 
 class Arm:
@@ -139,8 +141,11 @@ class Tabletop:
         return self.look.develop(colour[None])[0]
 
     def places(self) -> dict[str, np.ndarray]:
-        """Where peg, cube and the other block are, [2] metres; one that fell off the table is where it fell."""
-        found = {"peg": self.arm.tip.copy(), "cube": self.data.body("cube").xpos[:2].copy()}
+        """Where peg, cube and the other block are, [2] metres; one that fell off the table is where it fell. The peg
+        runs after what it is told by some centimetres."""
+        fore = self.data.body("fore")
+        peg = fore.xpos[:2] + fore.xmat.reshape(3, 3)[:2, 0] * FORE
+        found = {"peg": peg, "cube": self.data.body("cube").xpos[:2].copy()}
         if self.model.nbody > 5:
             found["other"] = self.data.body("other").xpos[:2].copy()
         return found
@@ -209,7 +214,7 @@ class _Robot:
         self.kind = str(rng.choice(["random", "wander", "push"], p=[0.2, 0.15, 0.65]))
         self.noise = float(rng.choice([0.0, 0.15, 0.4, 0.8]))
         self.pushed = "other" if layout.other is not None and rng.random() < 0.3 else "cube"
-        self.goal = _near(rng, layout.cube if layout.other is None else layout.other, 0.2, 0.7)
+        self.goal = draw_goal(rng, layout.cube if layout.other is None else layout.other, 0.2, 0.7)
 
     def decide(self, arm: Arm, data: Any, frame: int) -> None:
         """Set `action` for this frame."""
@@ -224,6 +229,6 @@ class _Robot:
             return
         block = data.body(self.pushed).xpos[:2]
         if np.linalg.norm(block - self.goal) < 0.06:
-            self.goal = _near(self.rng, np.clip(block, [-0.3, -0.3], [0.3, 0.15]), 0.2, 0.7)
+            self.goal = draw_goal(self.rng, np.clip(block, [-0.3, -0.3], [0.3, 0.15]), 0.2, 0.7)
         wanted = push_towards(arm.tip, block, self.goal)
         self.action = np.clip(wanted + self.rng.normal(0, 1, 2) * self.noise, -1, 1)

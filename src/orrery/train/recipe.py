@@ -98,11 +98,14 @@ class _Run(_Table):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU; weights are fp32
     threads: Count | None = None
     batch: Count = 8
-    data: DataRecipe
     optimizer: OptimizerRecipe = OptimizerRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     validation: ValidateRecipe = ValidateRecipe()
     log: LogRecipe = LogRecipe()
+
+
+class _ClipRun(_Run):
+    data: DataRecipe
 
 
 class NetworkRecipe(_Table):
@@ -123,7 +126,7 @@ class VAELossRecipe(_Table):
     kl: Annotated[float, Field(ge=0, le=1e-2)] = 1e-5
 
 
-class VAERecipe(_Run):
+class VAERecipe(_ClipRun):
     """Train a VAE on pixels."""
 
     task: Literal["vae"]
@@ -172,7 +175,7 @@ class FlowValidateRecipe(ValidateRecipe):
     guidance: Weight = 1.0
 
 
-class FlowRecipe(_Run):
+class FlowRecipe(_ClipRun):
     """Train a transformer and its text encoder, jointly, on cached latents."""
 
     task: Literal["flow"]
@@ -204,7 +207,7 @@ class ControlLatentRecipe(_Table):
     batch: Count = 8
 
 
-class ControlRecipe(_Run):
+class ControlRecipe(_ClipRun):
     """Train a control branch beside a frozen model, on its cached latents and those of the control videos.
 
     base: a named model or a model folder; it is not changed.
@@ -218,11 +221,73 @@ class ControlRecipe(_Run):
     validation: FlowValidateRecipe = FlowValidateRecipe()
 
 
-Recipe = VAERecipe | FlowRecipe | ControlRecipe
-_TASKS: dict[str, type[VAERecipe] | type[FlowRecipe] | type[ControlRecipe]] = {
+class EpisodeRecipe(_Table):
+    """Which episodes (see orrery.data.episodes). The last `heldout` of the dataset are held out."""
+
+    root: Path
+    heldout: Count = 64
+    max_episodes: Count | None = None
+    camera: str | None = None  # of a dataset with several
+
+
+class WindowRecipe(_Table):
+    """What the model sees and is asked for: windows of `latents` latent frames, some of them shorter, in which 1 to
+    `given` are given. The model will be used with such windows."""
+
+    latents: Annotated[int, Field(ge=2)] = 4
+    given: Count = 3
+    shorter: Fraction = 0.3  # share of batches with fewer latent frames: a rollout begins with one
+    start: Fraction = 0.15  # share of windows that begin where an episode does
+    noise: Fraction = 0.1  # given frames get noise of up to this: what they are given later is their own work
+    handover: Literal["latents", "frames"] = "latents"
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> "WindowRecipe":
+        if self.given >= self.latents:
+            raise ValueError(f"given = {self.given}; allowed: less than latents = {self.latents}")
+        return self
+
+
+class ActionLossRecipe(_Table):
+    """The objective of rectified flow, as in FlowLossRecipe."""
+
+    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    shift: Annotated[float, Field(gt=0, le=100)] = 3.0
+    high_noise_fraction: Fraction = 0.05
+    conditional_timestep: Annotated[float, Field(ge=0, le=1000)] | None = 0.0
+
+
+class ActionValidateRecipe(FlowValidateRecipe):
+    """As FlowValidateRecipe; `rollout` latent frames are drawn for the sheet, and for the error of a rollout."""
+
+    sample_steps: Count = 8
+    guidance: Weight = 0.0
+    rollout: Count = 12
+
+
+class ActionRecipe(_Run):
+    """Post-train a model on episodes, told what the robot does (specification of Transfer, section 4.6).
+
+    base: a named model or a model folder; it is not changed. blocks: which of its blocks are kept; empty: all.
+    scale: factors of the A numbers of an action, where its definition has them.
+    """
+
+    task: Literal["action"]
+    base: str = "mini"
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    scale: tuple[float, ...] = ()
+    data: EpisodeRecipe
+    window: WindowRecipe = WindowRecipe()
+    loss: ActionLossRecipe = ActionLossRecipe()
+    validation: ActionValidateRecipe = ActionValidateRecipe()
+
+
+Recipe = VAERecipe | FlowRecipe | ControlRecipe | ActionRecipe
+_TASKS: dict[str, type[VAERecipe] | type[FlowRecipe] | type[ControlRecipe] | type[ActionRecipe]] = {
     "vae": VAERecipe,
     "flow": FlowRecipe,
     "control": ControlRecipe,
+    "action": ActionRecipe,
 }
 
 # What a resumed run may change: it moves the end, the place or the reporting, not what the steps so far were.

@@ -11,11 +11,12 @@ import torch
 
 from orrery.data.clips import ClipDataset, ClipEntry, entry_from_json, read_index, split
 from orrery.errors import InputError
+from orrery.train.action import ActionTask
 from orrery.train.checkpoint import write_text
 from orrery.train.control import ControlTask
 from orrery.train.flow import FlowTask
 from orrery.train.loop import Randomness, Task, Trainer, pick_device
-from orrery.train.recipe import ControlRecipe, Recipe, VAERecipe, load_recipe
+from orrery.train.recipe import ActionRecipe, ControlRecipe, FlowRecipe, Recipe, VAERecipe, load_recipe
 from orrery.train.vae import VAETask, check_clip
 
 
@@ -59,9 +60,14 @@ def train(
     return export
 
 
+ClipRecipe = VAERecipe | FlowRecipe | ControlRecipe
+
+
 def open_run(recipe: Recipe, device: torch.device, refresh_data: bool = False) -> Trainer:
     """The trainer of a recipe, at the newest checkpoint of its run directory, ready to run."""
     random = Randomness(recipe.seed)
+    if isinstance(recipe, ActionRecipe):
+        return Trainer(recipe, ActionTask(recipe, random, device), random, device)
     clips = choose_or_recall_clips(recipe, refresh_data)
     datasets = _datasets(recipe, *clips)
     freeze_clips(recipe, *clips)
@@ -76,7 +82,7 @@ def open_run(recipe: Recipe, device: torch.device, refresh_data: bool = False) -
 
 
 def _datasets(
-    recipe: Recipe, train_clips: list[ClipEntry], heldout: list[ClipEntry]
+    recipe: ClipRecipe, train_clips: list[ClipEntry], heldout: list[ClipEntry]
 ) -> tuple[ClipDataset, ClipDataset]:
     root, data = recipe.data.root, recipe.data
     weighted = isinstance(recipe, VAERecipe) and recipe.loss.foreground > 1
@@ -88,7 +94,7 @@ def _datasets(
     return train, held
 
 
-def choose_clips(entries: Sequence[ClipEntry], recipe: Recipe) -> list[ClipEntry]:
+def choose_clips(entries: Sequence[ClipEntry], recipe: ClipRecipe) -> list[ClipEntry]:
     """The clips of an index that the recipe's [data] describes."""
     data = recipe.data
     chosen = [
@@ -109,7 +115,7 @@ def _movable(entry: ClipEntry) -> int:
     return sum(bool(item.get("movable", True)) for item in entry.objects)
 
 
-def choose_or_recall_clips(recipe: Recipe, refresh: bool) -> tuple[list[ClipEntry], list[ClipEntry]]:
+def choose_or_recall_clips(recipe: ClipRecipe, refresh: bool) -> tuple[list[ClipEntry], list[ClipEntry]]:
     """(training, held-out) clips of the run: chosen from the dataset at its beginning, later those of OUT/clips.json,
     so that a dataset may grow meanwhile.
 
@@ -130,7 +136,7 @@ def choose_or_recall_clips(recipe: Recipe, refresh: bool) -> tuple[list[ClipEntr
     return train_clips, heldout
 
 
-def freeze_clips(recipe: Recipe, train_clips: list[ClipEntry], heldout: list[ClipEntry]) -> None:
+def freeze_clips(recipe: ClipRecipe, train_clips: list[ClipEntry], heldout: list[ClipEntry]) -> None:
     """Keep the lists in OUT/clips.json."""
     lists = {"train": [e.as_json() for e in train_clips], "heldout": [e.as_json() for e in heldout]}
     write_text(recipe.out / "clips.json", json.dumps(lists))

@@ -10,6 +10,8 @@ A model folder of ours:
     control-KIND.safetensors  a control branch beside the DiT, of those that config.json lists
     README.md                 the model card
 
+VAE and text encoder may be shared instead (`components`): those of the published models, or of one in the package.
+
 `find_model` finds a model (a name, a folder, an official .pt, a diffusers directory, a hub repository); `load_model`
 and `load_part` read it; `convert` writes it in another format. All but the catalogue is imported on first use, so that
 it can be asked without waiting for torch.
@@ -21,14 +23,24 @@ from typing import TYPE_CHECKING, Any
 from orrery.weights.catalogue import ASPECTS, CATALOGUE, SIZES, ModelEntry, find_entry, size_of
 
 if TYPE_CHECKING:
-    from orrery.weights.config import ModelConfig, Sampling
+    from orrery.weights.config import ActionConfig, ModelConfig, Sampling
     from orrery.weights.conversion import convert
     from orrery.weights.lora import Lora, merge, read_lora
     from orrery.weights.parts import ModelFiles
     from orrery.weights.sources import find_model
-    from orrery.weights.store import Model, load_model, load_part, model_hash, part_hash, save_control, save_model
+    from orrery.weights.store import (
+        Model,
+        load_model,
+        load_part,
+        model_hash,
+        part_hash,
+        save_control,
+        save_model,
+        save_transformer,
+    )
 
 _HOMES = {
+    "ActionConfig": "config",
     "ModelConfig": "config",
     "Sampling": "config",
     "convert": "conversion",
@@ -44,11 +56,13 @@ _HOMES = {
     "part_hash": "store",
     "save_control": "store",
     "save_model": "store",
+    "save_transformer": "store",
 }
 __all__ = [
     "ASPECTS",
     "CATALOGUE",
     "SIZES",
+    "ActionConfig",
     "Lora",
     "Model",
     "ModelConfig",
@@ -66,6 +80,7 @@ __all__ = [
     "read_lora",
     "save_control",
     "save_model",
+    "save_transformer",
     "size_of",
 ]
 

@@ -71,7 +71,8 @@ class ModelEntry:
     folder: of a model that comes with the package. weights: the transformer of a published one; its VAE and its text
     encoder are the COMPONENTS. controls: the published control branches by kind; each file holds the branch and the
     base beside which it was trained, the same base in all. network: preset of the transformer. sampling: what differs
-    from `Sampling`'s defaults. unsupported: why it cannot be loaded yet.
+    from `Sampling`'s defaults. native: what differs from NATIVE. actions: fields of the `ActionConfig` of a published
+    model that is told what a robot does. unsupported: why it cannot be loaded yet.
     """
 
     name: str
@@ -83,6 +84,8 @@ class ModelEntry:
     network_options: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     text_only: bool = False
+    native: Mapping[str, Any] = field(default_factory=dict)
+    actions: Mapping[str, Any] = field(default_factory=dict)
     unsupported: str = ""
 
     @property
@@ -93,13 +96,23 @@ class ModelEntry:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of control that it follows, in the order of KINDS."""
-        if self.folder is None:
-            return tuple(kind for kind in KINDS if kind in self.controls)
-        try:
-            listed = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("controls", {})
-        except (OSError, ValueError):  # to be told when it is loaded
-            return ()
+        listed = self._config().get("controls", {}) if self.folder is not None else self.controls
         return tuple(kind for kind in KINDS if kind in listed)
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Of the numbers of an action that it is told; () for a model that is told none."""
+        actions = (self._config().get("actions") or {}) if self.folder is not None else self.actions
+        return tuple(actions.get("names", ()))
+
+    def _config(self) -> dict[str, Any]:
+        """config.json of a model in the package; {} where it cannot be read, which is told when it is loaded."""
+        assert self.folder is not None
+        try:
+            values = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return values if isinstance(values, dict) else {}
 
     @property
     def state(self) -> str:
@@ -135,11 +148,25 @@ _GUIDED = {"guidance": 3.0, "negative_prompt": TRANSFER_NEGATIVE_PROMPT}
 _TRANSFER_V1 = "bd963eabcfc2d61dc4ea365cacf41d45ac480aa5"
 # Of a base and its branch in bfloat16, counted from their shapes: without and with image context.
 _SIZE_TRANSFER, _SIZE_IMAGE = 4.72 * GB, 5.53 * GB
-_ACTIONS, _VIEWS, _CAMERAS = "action conditioning", "multi-view", "camera conditioning"
+_VIEWS, _CAMERAS = "multi-view", "camera conditioning"
+# Told actions. Specification of Transfer, section 4.6. One action a frame: the motion of the gripper in its own frame
+# before it (metres, and radians about x, y, z), 20 times, and how far it is open; not normalised otherwise.
+_BRIDGE = {
+    "names": ("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
+    "mean": (0.0,) * 7,
+    "std": (1.0,) * 7,
+    "scale": (20.0,) * 6 + (1.0,),
+    "window": 4,
+    "given": 1,
+    "handover": "frames",
+    "empty_prompt": "encoded",
+}
+_BRIDGE_VIDEO = {"fps": 4.0, "frames": 13, "resolution": (256, 320), "trained_sizes": (), "any_length": False}
+_SIZE_ACTIONS = _SIZE_2B + 0.135 * GB  # two MLPs more, counted from their shapes
 
 
 def _published(name: str, repo: str, file: str, revision: str | None, summary: str, **more: Any) -> ModelEntry:
-    size = _SIZE_14B if more.get("network") == "14b" else _SIZE_2B
+    size = more.pop("size", _SIZE_14B if more.get("network") == "14b" else _SIZE_2B)
     return ModelEntry(name, summary, weights=HubFiles(repo, revision, file, size=size), **more)
 
 
@@ -157,6 +184,12 @@ _ENTRIES = (
         "mini",
         "orrery-mini: small worlds of falling and pushed things, trained by us in MuJoCo",
         folder=_HERE / "mini",
+        network="mini",
+    ),
+    ModelEntry(
+        "tabletop",
+        "orrery-tabletop: the tabletop world, told a robot's actions; 64x64",
+        folder=_HERE / "tabletop",
         network="mini",
     ),
     _published(
@@ -190,7 +223,8 @@ _ENTRIES = (
     ),
     _published(
         "predict2.5-2b-action", _2B, "robot/action-cond/38c6c645-7d41-4560-8eeb-6f4ddc0e6574_ema_bf16.pt", None,
-        "2B for robot actions: Bridge, 256x320, 13 frames, 7 numbers an action", unsupported=_ACTIONS,
+        "2B that is told a robot's actions: Bridge, 256x320, 13 frames, 7 numbers an action", size=_SIZE_ACTIONS,
+        network_options={"actions": 28}, sampling={"guidance": 0.0}, native=_BRIDGE_VIDEO, actions=_BRIDGE,
     ),
     _published(
         "predict2.5-2b-camera", _2B, "robot/multiview-agibot/f740321e-2cd6-4370-bbfe-545f4eca2065_ema_bf16.pt",
@@ -210,7 +244,8 @@ _ENTRIES = (
     ),
     _published(
         "predict2.5-2b-gr00t", _EXPERIMENTAL, "7bbc8d06-2bc9-448d-94ee-b48b4ab7189c/model_ema_bf16.pt",
-        "2b5e9a99b58d5a61259ca99962c4c74127481006", "interactive warm-up on GR00T, experimental", unsupported=_ACTIONS,
+        "2b5e9a99b58d5a61259ca99962c4c74127481006", "interactive warm-up on GR00T, experimental",
+        unsupported="a causal rollout, latent after latent, told 29 numbers an action",
     ),
     _published(
         "predict2.5-2b-gr1", _EXPERIMENTAL, "bedc35da-1a54-4144-83db-6072c29b0fd9",
@@ -307,7 +342,8 @@ def find_entry(name: str) -> ModelEntry:
 
 def supported() -> list[str]:
     """Names that can be loaded."""
-    return [name for name, entry in CATALOGUE.items() if not entry.unsupported]
+    here = [entry for entry in CATALOGUE.values() if entry.folder is None or (entry.folder / "config.json").is_file()]
+    return [entry.name for entry in here if not entry.unsupported]
 
 
 def entry_of_file(path: Path) -> ModelEntry | None:

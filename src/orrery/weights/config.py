@@ -23,6 +23,7 @@ SCHEDULES = ("shift", "karras", "distilled")
 VAE_DTYPES = ("float32", "bfloat16")
 CONVENTIONS = ("official", "diffusers")
 HANDOVERS = ("latents", "frames")
+EMPTY_PROMPTS = ("zeros", "encoded")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class ActionConfig:
     window: latent frames that the network sees at once, given and new. given: how many of them are given at most.
     handover: what goes on from one call to the next: "latents", the latest as they are; "frames", the latest frame,
     encoded anew (as published).
+    empty_prompt: what stands in place of the text where there is no prompt: "zeros", or "encoded": what the text
+    encoder makes of no words (as published, which saw zeros as well, for one clip in five).
     """
 
     names: tuple[str, ...]
@@ -77,6 +80,7 @@ class ActionConfig:
     window: int = 4
     given: int = 1
     handover: str = "frames"
+    empty_prompt: str = "zeros"
 
     def __post_init__(self) -> None:
         for name in ("names", "mean", "std", "scale", "low", "high"):
@@ -93,11 +97,21 @@ class ActionConfig:
             raise ValueError(f"actions: given is {self.given}, allowed is 1 to window - 1 = {self.window - 1}")
         if self.handover not in HANDOVERS:
             raise ValueError(f"actions: handover is {self.handover!r}; allowed are {', '.join(HANDOVERS)}")
+        if self.empty_prompt not in EMPTY_PROMPTS:
+            raise ValueError(f"actions: empty_prompt is {self.empty_prompt!r}; allowed are {', '.join(EMPTY_PROMPTS)}")
 
     @property
     def dimensions(self) -> int:
         """A."""
         return len(self.names)
+
+    def told(self, actions: Any) -> torch.Tensor:
+        """What the network is told of actions [..., A] (an array or a tensor): times `scale`, then (a - mean) / std;
+        float32."""
+        values = torch.as_tensor(actions, dtype=torch.float32)
+        if self.scale:
+            values = values * values.new_tensor(self.scale)
+        return (values - values.new_tensor(self.mean)) / values.new_tensor(self.std)
 
 
 @dataclass(frozen=True)
@@ -108,8 +122,9 @@ class ModelConfig:
     trained at; outside them `generate` warns, but for a model that names none. any_length: shorter videos are drawn at
     their own length; otherwise a native one is drawn and cut. text_only: it was published for Text2World alone.
     vae_dtype: of the VAE on a GPU; on a CPU it is float32. shared: parts ("vae", "text") that lie not in the model's
-    folder but are components of the catalogue, by name. controls: the control branches beside the transformer, by kind
-    (in the order of KINDS). training: where the weights come from; not interpreted.
+    folder but are components of the catalogue, or of an embedded model, by name (see `components`). controls: the
+    control branches beside the transformer, by kind (in the order of KINDS). actions: of a model that is told what a
+    robot does. training: where the weights come from; not interpreted.
     """
 
     transformer: DiTConfig

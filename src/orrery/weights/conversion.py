@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orrery.errors import InputError
+from orrery.errors import InputError, note
 from orrery.files import atomic_file, atomic_folder
 from orrery.weights import pipeline_dir
 from orrery.weights.config import ModelConfig
@@ -126,6 +126,11 @@ def _to_official(files: ModelFiles, path: Path, parts: Sequence[str], weights_of
     if "vae" not in parts:
         if branch:
             weights = dict(weights) | dict(weights_of(branch))
+        if files.config.actions:
+            note(
+                f"{path}: an official file does not say what the numbers of an action are, nor their scale and "
+                "statistics: keep the config.json that does"
+            )
         counts = files.config.training.get("official", {})
         weights = official_table(weights, files.config.transformer, counts)
     with atomic_file(path) as unfinished:

@@ -12,6 +12,7 @@ from torch import Tensor
 from orrery.errors import InputError, note
 from orrery.nn.control import ControlConfig
 from orrery.nn.dit import DiTConfig
+from orrery.weights.config import ActionConfig
 from orrery.weights.layouts import CONTROL_KEYS, OFFICIAL_EXTRA, official_buffers, official_prefix
 from orrery.weights.lora import split_adapters
 
@@ -20,10 +21,12 @@ VARIANTS = (
     (re.compile(r"^control_(blocks_\d+|embedder\.\d+)\."), "a file of several control branches"),
     (re.compile(r"(^|\.)(view_embeddings|cross_view_attn|adaln_view_embedder)\."), "a multi-view model"),
     (re.compile(r"^input_hint_block\."), "a multi-view model"),
-    (re.compile(r"(^|\.)action_embedder"), "an action-conditioned model"),
     (re.compile(r"(^|\.)cam_encoder\."), "a camera-conditioned model"),
 )
 T = TypeVar("T")
+ACTION_KEY = "action_embedder_B_D.fc1.weight"
+FLATTENED = 84  # values of the variant that is told the 12 actions of its clip in every frame; its keys are the same
+_WINDOW = ("window", "given", "handover", "empty_prompt")
 COUNTERS = re.compile(r"^accum_\w+$")
 
 
@@ -92,6 +95,7 @@ def infer_transformer(shapes: Mapping[str, tuple[int, ...]], like: DiTConfig, wh
         context = shapes["blocks.0.cross_attn.k_proj.weight"][1]
         hidden = shapes["blocks.0.mlp.layer1.weight"][0]
         out = shapes["final_layer.linear.weight"][0]
+        _, actions = shapes.get(ACTION_KEY, (0, 0))
     except (KeyError, ValueError) as error:
         raise InputError(f"{where} holds no transformer of this family: it lacks {error}") from None
     text, image = shapes.get("crossattn_proj.0.weight"), shapes.get("img_context_proj.0.weight")
@@ -121,7 +125,45 @@ def infer_transformer(shapes: Mapping[str, tuple[int, ...]], like: DiTConfig, wh
         padding_mask=channels - latent == 2,
         fp32_modulation=like.fp32_modulation,
         image_context=image[1] if image else 0,
+        actions=actions,
     )
+
+
+def infer_actions(
+    values: int, factor: int, frames: int, like: Mapping[str, Any], stated: bool, where: str
+) -> ActionConfig | None:
+    """What is known of the actions of a model whose file takes `values` numbers of them a latent frame; None for 0. No
+    file says what its numbers are; a line says what was assumed.
+
+    factor: frames that a latent frame covers. frames: the model's native length. like: fields of the `ActionConfig` of
+    the published model that it is sampled like, {} for none. stated: the user or the file's name says which that is.
+
+    Raises:
+        InputError: no whole number of actions; or they may be those of a whole chunk, flattened.
+    """
+    if not values:
+        return None
+    if stated and len(like.get("names", ())) * factor == values:
+        return ActionConfig(**like)
+    if values % factor:
+        raise InputError(
+            f"{where} takes {values} numbers of actions at once; allowed is a multiple of {factor}: a latent frame "
+            f"covers {factor} frames, and each has an action"
+        )
+    count = values // factor
+    if values == FLATTENED and not stated:
+        raise InputError(
+            f"{where} takes {values} numbers of actions at once: either 12 actions of 7, told to all frames alike (a "
+            f"variant that is not supported), or {factor} of {count}; like='predict2.5-2b-action' says the latter"
+        )
+    hint = "; like='predict2.5-2b-action' takes them as published" if values == 28 and not stated else ""
+    note(
+        f"{where} takes {values} numbers of actions at once: taken to be {factor} actions of {count}, one a frame, "
+        f"told as they are (no scale, mean 0, deviation 1){hint}"
+    )
+    window = {"window": 1 + (frames - 1) // factor} | {key: like[key] for key in _WINDOW if key in like}
+    names = tuple(f"action_{index}" for index in range(count))
+    return ActionConfig(names, (0.0,) * count, (1.0,) * count, **window)
 
 
 def infer_control(shapes: Mapping[str, tuple[int, ...]], base: DiTConfig, where: str) -> ControlConfig:

@@ -133,6 +133,11 @@ def transformer_json(config: DiTConfig, control: ControlConfig | None = None) ->
             raise InputError(f"diffusers knows no transformer with {key} = {getattr(config, key)}; it must be {needed}")
     if not config.adaln_rank:
         raise InputError("diffusers knows no transformer of full-rank modulation (adaln_rank 0)")
+    if config.actions:
+        raise InputError(
+            "diffusers knows no Cosmos-Predict2.5 that is told actions: its CosmosTransformer3DModel has no "
+            "action_embedder_B_D and action_embedder_B_3D; write the model as orrery or official"
+        )
     more: dict[str, Any] = {"controlnet_block_every_n": control.every} if control else {}
     if config.image_context:
         more |= {"img_context_dim_in": config.image_context, "img_context_num_tokens": IMAGE_TOKENS}

@@ -4,7 +4,7 @@ and its parts. Weights are found or downloaded only when a part is asked for.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from orrery.weights import hub, pipeline_dir
 from orrery.weights.branches import Asked, Controls, asked_controls, choose, own_kind
 from orrery.weights.catalogue import (
     CATALOGUE,
-    COMPONENTS,
     NATIVE,
     NEGATIVE_PROMPT,
     SIZES,
@@ -33,11 +32,14 @@ from orrery.weights.catalogue import (
     entry_of_file,
     find_entry,
 )
-from orrery.weights.config import ModelConfig, Sampling, read_config
+from orrery.weights.components import SHARED, component, fetcher, shared_parts, shared_tokenizer
+from orrery.weights.config import ActionConfig, ModelConfig, Sampling, read_config
 from orrery.weights.layouts import diffusers_transformer_key
 from orrery.weights.official import (
+    ACTION_KEY,
     check_variant,
     counters,
+    infer_actions,
     infer_control,
     infer_transformer,
     is_diffusers,
@@ -48,7 +50,6 @@ from orrery.weights.parts import BRANCH, PARTS, ModelFiles, Part, file_identity,
 from orrery.weights.pipeline_dir import CONTROLNET, SIDECAR
 from orrery.weights.tensors import read_tensors
 
-SHARED = {"vae": "wan2.1", "text": "reason1-7b"}
 _HUB = re.compile(r"^(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?$")
 _SMALL = ("*.json",)  # in subfolders too
 
@@ -84,7 +85,7 @@ def find_model(
     config = found.config.with_conventions(conventions)
     parts = dict(found.parts)
     if config.transformer.image_context:
-        parts["image"] = _component("siglip2") if image is None else _image_part(Path(image))
+        parts["image"] = component("siglip2") if image is None else _image_part(Path(image))
     elif image is not None:
         raise InputError(f"image={str(image)!r} is for a model with image context; {found.name} has none")
     return dataclasses.replace(found, config=config, parts=parts)
@@ -115,20 +116,20 @@ def _named(entry: ModelEntry, asked: Asked | None) -> ModelFiles:
         return choose(dataclasses.replace(_own_folder(entry.folder), name=entry.name), asked)
     assert entry.weights is not None
     config = _published_config(entry, controls=dict.fromkeys(entry.controls, ControlConfig()))
-    parts = _components(config)
+    parts = shared_parts(config)
     for kind, published in entry.controls.items():
         part = _published_part(published)
         parts[BRANCH + kind] = dataclasses.replace(part, base=part)
     if not entry.controls:
         parts["transformer"] = _published_part(entry.weights)
-    found = choose(ModelFiles(entry.name, config, parts, _shared_tokenizer(config)), asked, bool(entry.controls))
+    found = choose(ModelFiles(entry.name, config, parts, shared_tokenizer(config)), asked, bool(entry.controls))
     training = {"weights": found.parts["transformer"].identity}
     return dataclasses.replace(found, config=dataclasses.replace(found.config, training=training))
 
 
 def _published_part(files: HubFiles) -> Part:
     assert files.file is not None
-    return Part("official", _fetcher(files.repo, files.file, files.revision), str(files))
+    return Part("official", fetcher(files.repo, files.file, files.revision), str(files))
 
 
 def _published_config(entry: ModelEntry, **changes: Any) -> ModelConfig:
@@ -143,37 +144,10 @@ def _published_config(entry: ModelEntry, **changes: Any) -> ModelConfig:
         text_only=entry.text_only,
         vae_dtype="bfloat16",
         shared=SHARED,
+        actions=ActionConfig(**entry.actions) if entry.actions else None,
         training={"weights": str(entry.weights)},
     )
-    return ModelConfig(**NATIVE | values | changes)
-
-
-def _fetcher(repo: str, file: str, revision: str | None) -> Callable[[], Path]:
-    return lambda: hub.fetch_file(repo, file, revision)
-
-
-def _component(name: str) -> Part:
-    if name not in COMPONENTS:
-        raise InputError(f"config.json shares the component {name!r}; known are {', '.join(COMPONENTS)}")
-    files = COMPONENTS[name]
-    if files.file is not None:
-        return Part("wan", _fetcher(files.repo, files.file, files.revision), str(files))
-    layout = "siglip2" if name == "siglip2" else "qwen"
-    return Part(layout, lambda: hub.fetch_folder(files.repo, files.revision, files.patterns), str(files))
-
-
-def _components(config: ModelConfig) -> dict[str, Part]:
-    """The parts of a config that are components of the catalogue."""
-    for part in config.shared:
-        if part not in SHARED:
-            raise InputError(f"config.json shares the part {part!r}; allowed are {', '.join(SHARED)}")
-    return {part: _component(name) for part, name in config.shared.items()}
-
-
-def _shared_tokenizer(config: ModelConfig) -> Callable[[], Path]:
-    files = COMPONENTS[config.shared["text"]]
-    small = ("*.json",)
-    return lambda: hub.fetch_folder(files.repo, files.revision, small) / "tokenizer.json"
+    return ModelConfig(**NATIVE | values | dict(entry.native) | changes)
 
 
 def _folder(path: Path, vae: Any, text: Any, asked: Asked | None) -> ModelFiles:
@@ -186,12 +160,12 @@ def _folder(path: Path, vae: Any, text: Any, asked: Asked | None) -> ModelFiles:
 
 def _own_folder(folder: Path) -> ModelFiles:
     config = read_config(folder)
-    parts = _components(config)
+    parts = shared_parts(config)
     for name in PARTS:
         if name not in parts:
             parts[name] = own_part(folder, name)
     parts |= {BRANCH + kind: own_part(folder, BRANCH + kind) for kind in config.controls}
-    tokenizer = _shared_tokenizer(config) if "text" in config.shared else lambda: folder / "tokenizer.json"
+    tokenizer = shared_tokenizer(config) if "text" in config.shared else lambda: folder / "tokenizer.json"
     return ModelFiles(str(folder), config, parts, tokenizer, folder)
 
 
@@ -207,7 +181,7 @@ def _pipeline(
             raise InputError(f"{folder / SIDECAR}: {one_line(error)}") from error
     else:
         config = pipeline_dir.read_pipeline(folder, text_folder)
-    parts = _components(config)
+    parts = shared_parts(config)
     for name, sub in pipeline_dir.FOLDERS.items():
         if name not in parts:
             layout = "qwen" if name == "text" else "diffusers"
@@ -215,7 +189,7 @@ def _pipeline(
     if (folder / CONTROLNET / "config.json").is_file():
         config, own = _with_controlnet(config, folder, asked, part_at, where)
         parts |= own
-    tokenizer = _shared_tokenizer(config) if "text" in config.shared else lambda: _tokenizer_in(part_at("tokenizer"))
+    tokenizer = shared_tokenizer(config) if "text" in config.shared else lambda: _tokenizer_in(part_at("tokenizer"))
     return _overridden(ModelFiles(where, config, parts, tokenizer), vae, text)
 
 
@@ -253,8 +227,8 @@ def _repository(repo: str, revision: str | None, asked: Asked | None) -> ModelFi
     if (folder / "config.json").is_file():
         own = _own_folder(folder)
         parts = {
-            name: Part("orrery", _fetcher(repo, f"{name}.safetensors", revision), f"{where}/{name}.safetensors")
-            if part.layout == "orrery"
+            name: Part("orrery", fetcher(repo, f"{name}.safetensors", revision), f"{where}/{name}.safetensors")
+            if part.layout == "orrery" and name not in own.config.shared
             else part
             for name, part in own.parts.items()
         }
@@ -276,19 +250,18 @@ def _official_file(path: Path, vae: Any, text: Any, like: str | None, asked: Ask
         check_variant(whole, str(path))
         shapes, branch = split_branch(whole)
     kind = own_kind(asked, control_of_file(path), str(path)) if branch else None
-    entry = find_entry(like) if like else entry_of_file(path)
-    if entry is None:
-        width = shapes.get("x_embedder.proj.1.weight", (0,))[0]
-        family = "transfer2.5-2b" if branch else "predict2.5-14b" if width > 4000 else "predict2.5-2b"
-        entry = CATALOGUE[family]
-        note(f"{path.name}: sampled like {entry.name}, the published model of its size (choose another with like)")
+    stated = find_entry(like) if like else entry_of_file(path)
+    entry = stated or _entry_like(shapes, bool(branch), path.name)
     network = dataclasses.replace(TRANSFORMERS[entry.network], **entry.network_options)
     transformer = infer_transformer(shapes, network, str(path))
     changes: dict[str, Any] = {"transformer": transformer, "training": {"weights": str(path)}}
+    changes["vae"] = VAES["wan2.1"] if vae is None else _vae_part(Path(vae))[0]
     if kind is not None:
         changes["controls"] = {kind: infer_control(branch, transformer, str(path))}
-    if vae is not None:
-        changes["vae"] = _vae_part(Path(vae))[0]
+    frames, factor = (NATIVE | dict(entry.native))["frames"], changes["vae"].temporal_factor
+    changes["actions"] = infer_actions(
+        transformer.actions, factor, frames, entry.actions, stated is not None, str(path)
+    )
     if text is not None:
         changes["text"] = _text_part(Path(text))[0]
     if layout == "official" and (counts := counters(tensors)):
@@ -298,11 +271,21 @@ def _official_file(path: Path, vae: Any, text: Any, like: str | None, asked: Ask
     except ValueError as error:
         raise InputError(f"{path}: {one_line(error)}") from error
     part = Part(layout, lambda: path, file_identity(path))
-    parts = {"transformer": part} | _components(config)
+    parts = {"transformer": part} | shared_parts(config)
     if kind is not None:
         parts[BRANCH + kind] = dataclasses.replace(part, base=part)
-    found = ModelFiles(str(path), config, parts, _shared_tokenizer(config))
+    found = ModelFiles(str(path), config, parts, shared_tokenizer(config))
     return choose(_overridden(found, vae, text), asked, published=bool(branch))
+
+
+def _entry_like(shapes: Mapping[str, tuple[int, ...]], branch: bool, name: str) -> ModelEntry:
+    """The published model of the size and the kind of an official file that does not say which it comes from."""
+    width = shapes.get("x_embedder.proj.1.weight", (0,))[0]
+    base = "predict2.5-14b" if width > 4000 else "predict2.5-2b"
+    entry = CATALOGUE["transfer2.5-2b" if branch else "predict2.5-2b-action" if ACTION_KEY in shapes else base]
+    what = "kind" if branch or entry.actions else "size"
+    note(f"{name}: sampled like {entry.name}, the published model of its {what} (choose another with like)")
+    return entry
 
 
 def _overridden(files: ModelFiles, vae: Any, text: Any) -> ModelFiles:

@@ -27,6 +27,7 @@ from orrery.nn.dit import DiT
 from orrery.nn.image import ImageEncoder
 from orrery.nn.text import TextEncoder
 from orrery.nn.vae import VAE
+from orrery.weights.components import shared_parts
 from orrery.weights.config import ModelConfig, read_config
 from orrery.weights.matching import check_same_base, in_layout
 from orrery.weights.parts import BRANCH, PARTS, ModelFiles, Part
@@ -184,6 +185,40 @@ def save_model(folder: str | PathLike[str], model: Model, card: str, dtype: torc
     return Path(folder)
 
 
+def save_transformer(
+    folder: str | PathLike[str], transformer: DiT, config: ModelConfig, card: str, dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write a model folder that holds its transformer alone, whole or not at all; a model that stands there is
+    replaced. VAE, text encoder and tokenizer are those that `config.shared` names, of an embedded model:
+    {"vae": "mini", "text": "mini"}, or of the published ones.
+
+    Args:
+        folder: its parent must exist.
+        config: without control branches (`save_control` adds them afterwards); `vae` and `text` are those of the model
+            that shares them.
+        card: README.md.
+        dtype: of the stored weights.
+
+    Raises:
+        InputError: the folder cannot be written, or holds something else; the disk is full; a shared part is unknown,
+            missing, or another network than the config states.
+        ValueError: a weight is not finite in `dtype`; a part is neither written nor shared; the transformer is not that
+            of the config.
+    """
+    if transformer.config != config.transformer:
+        raise ValueError("the transformer was not built from the config that would be saved with it")
+    if missing := [name for name in PARTS[1:] if name not in config.shared]:
+        raise ValueError(f"the config shares no {', '.join(missing)}: save_model writes a model with all its parts")
+    if config.controls:
+        raise ValueError(f"control branches are not written here: {', '.join(config.controls)}; use save_control")
+    shared_parts(config)
+    blob = save(_stored("transformer", transformer, dtype), {"format": "pt"})
+    with atomic_folder(folder, replaces="config.json") as partial:
+        (partial / "transformer.safetensors").write_bytes(blob)
+        write_config(partial, config, card)
+    return Path(folder)
+
+
 def save_control(
     directory: str | PathLike[str],
     kind: str,
@@ -242,7 +277,7 @@ def _stored(name: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Tenso
 
 
 def model_hash(files: ModelFiles | str | PathLike[str]) -> str:
-    """16 hex digits of the SHA-256 over config, tokenizer and weights: which model made this video.
+    """16 hex digits of the SHA-256 over config, tokenizer and weights, shared ones too: which model made this video.
 
     Parts that come from a hub at a fixed revision count by that; of a file above 256 MiB, its size and 64 samples.
     Control branches do not count, so that a model stays the same one when it is given another: see `part_hash`.
@@ -250,12 +285,12 @@ def model_hash(files: ModelFiles | str | PathLike[str]) -> str:
     if not isinstance(files, ModelFiles):
         files = find_model(files)
     digest = hashlib.sha256()
-    if files.folder is not None and not files.config.shared:
+    if files.folder is not None and not any(_on_hub(files.parts[name]) for name in PARTS):
         digest.update(hashlib.sha256(_without_controls(files.folder / "config.json")).digest())
-        for name in ("tokenizer.json", *(f"{part}.safetensors" for part in PARTS)):
-            digest.update(_file_digest(files.folder / name))
-        return digest.hexdigest()[:16]
-    digest.update(json.dumps(_plain(files.config.to_json()), sort_keys=True).encode())
+        tokenizer = files.tokenizer()
+        digest.update(_file_digest(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer))
+    else:
+        digest.update(json.dumps(_plain(files.config.to_json()), sort_keys=True).encode())
     for name in PARTS:
         _update(digest, files.parts[name])
     return digest.hexdigest()[:16]
@@ -269,11 +304,17 @@ def part_hash(files: ModelFiles, name: str) -> str:
 
 
 def _update(digest: Any, part: Part) -> None:
-    if "@" in part.identity:
+    if _on_hub(part):
         digest.update(part.identity.encode())
         return
     for path in tensor_files(part.find()):
         digest.update(_file_digest(path))
+
+
+def _on_hub(part: Part) -> bool:
+    """Whether it is a file of a hub, which its identity names with a revision; that of a file here begins with its
+    place."""
+    return "@" in part.identity and not Path(part.identity).is_absolute()
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

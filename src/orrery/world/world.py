@@ -37,6 +37,7 @@ from orrery.world.devices import DTYPES, pick_device, pick_dtype
 from orrery.world.networks import Embeddings, Networks
 from orrery.world.plan import SMALL, Plan, Shape, device_bytes, encoded_at_once, latents_at_once, make_plan
 from orrery.world.request import GIVEN_LATENTS, Factors, Request, Start, settle
+from orrery.world.rollout import run_rollout
 from orrery.world.transfer import Edit, Transferred, run_transfer
 from orrery.world.transfer_request import Signal, TransferRequest, settle_transfer
 
@@ -313,6 +314,33 @@ class World:
     def run_transfer(self, request: TransferRequest, progress: Progress | None = None) -> Transferred:
         """Draw what `transfer_request` settled."""
         return run_transfer(self, request, progress)
+
+    def rollout(
+        self,
+        start: Start,
+        actions: Any,
+        *,
+        seed: int = 0,
+        prompt: str = "",
+        steps: int | None = None,
+        progress: Progress | None = None,
+    ) -> Video:
+        """What happens when a robot acts. For one that decides as it sees, and for many: `orrery.world.Rollout`.
+
+        >>> load("tabletop").rollout("table.png", np.zeros((48, 2))).save("what_happens.mp4")
+
+        Args:
+            start: an image, or a video whose last frames are the past.
+            actions: [N, A], row t acts between frames t and t + 1, in the units of the model's data.
+            seed, prompt, steps: as in `generate`; no prompt is what the model was trained with where there was none.
+
+        Returns:
+            The start's last frame and N more, at the model's frame rate.
+
+        Raises:
+            InputError: a model that takes no actions; actions of another shape, too few, or not finite.
+        """
+        return run_rollout(self, start, actions, seed, prompt, steps, progress)
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Encode the prompts of several requests in one visit of the text encoder, where it would otherwise be loaded
