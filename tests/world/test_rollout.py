@@ -96,7 +96,7 @@ def test_open_ended_in_constant_memory(world: World) -> None:
     for _ in range(4):
         rollout.step(deeds(4)[None])
     tracemalloc.start()
-    held = [tensor for tensor in rollout._stream._past.values()]  # type: ignore[union-attr]
+    held = list(rollout._stream._past.values())  # type: ignore[union-attr]
     before = sum(tensor.numel() for tensor in held), tracemalloc.get_traced_memory()[0]
     for _ in range(20):
         rollout.step(deeds(4)[None])

@@ -1,7 +1,7 @@
 """`orrery VERB ...`. A verb's module is imported when that verb is called, so that `orrery --help` waits for nothing.
 
-Adding a verb: a module `orrery/cli/VERB.py` with a function `run`, its parameters annotated for typer and its docstring
-the help text; and one line in VERBS.
+Adding a verb: a module `orrery/cli/VERB.py` (a dash becomes an underscore) with a function `run`, its parameters
+annotated for typer and its docstring the help text; and one line in VERBS.
 """
 
 import os
@@ -21,11 +21,15 @@ VERBS = {
     "generate": "Simulate what happens next, as video: from words, an image or a video.",
     "batch": "Generate every job of the official inference files.",
     "transfer": "Draw videos anew after control signals: Sim2Real, Real2Real.",
+    "rollout": "Predict what a robot's actions do.",
     "models": "List the models, or describe one.",
     "plan": "What a generation needs of a GPU, before anything is loaded.",
     "convert": "A model from one format to another: official .pt, diffusers, ours.",
     "sim": "Make clips with MuJoCo, with all their ground truth.",
+    "check-data": "What is in a dataset, and what is wrong with it, file by file.",
+    "convert-data": "Episodes of a robot from one format to another: LeRobot, Bridge.",
     "train": "Train the VAE or the transformer by a recipe.",
+    "play": "Drive a robot in a page: the world model beside MuJoCo, frame by frame.",
     "demo": "Three generated worlds, the last beside what MuJoCo really did.",
 }
 HIDDEN = {"demo"}  # part of `make demo`
@@ -36,7 +40,7 @@ class LazyCommand(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         verb = typer.Typer(add_completion=False)
-        verb.command(self.name)(import_module(f"orrery.cli.{self.name}").run)
+        verb.command(self.name)(import_module(f"orrery.cli.{str(self.name).replace('-', '_')}").run)
         return typer.main.get_command(verb).make_context(info_name, args, parent=parent, **extra)
 
 

@@ -68,13 +68,28 @@ class ClipEpisodes:
         return self.entries[index].caption
 
 
-def open_episodes(root: Path) -> Episodes:
-    """The episodes of a folder, whichever format they are in.
+def open_episodes(root: Path, camera: str | None = None) -> Episodes:
+    """The episodes of a folder, whichever format they are in: clips of `orrery sim`, LeRobot or Bridge.
+
+    Args:
+        camera: which, where a dataset has several; clips have one.
 
     Raises:
-        InputError: no folder, or none of the formats.
+        InputError: no folder, or none of the formats; no such camera, or several and none named.
     """
+    from orrery.data.bridge import BridgeEpisodes
+    from orrery.data.lerobot import LeRobotEpisodes
+
     root = Path(root)
     if (root / "index.jsonl").is_file():
+        if camera is not None:
+            raise InputError(f"{root} has clips of `orrery sim`: camera is {camera!r}; allowed: none, they have one")
         return ClipEpisodes(root)
-    raise InputError(f"no episodes at {root}: allowed are a folder with index.jsonl (`orrery sim`)")
+    if (root / "meta/info.json").is_file():
+        return LeRobotEpisodes(root, camera)
+    if (root / "annotation").is_dir():
+        return BridgeEpisodes(root, camera=camera)
+    raise InputError(
+        f"no episodes at {root}: allowed are a folder with index.jsonl (`orrery sim`), with meta/info.json (LeRobot) "
+        "or with annotation/ (Bridge)"
+    )
