@@ -2,7 +2,7 @@
 
 Held-out episodes of the tabletop (random, scripted and failing robots) are rolled out from their first frame, told
 their true actions, beside two baselines: the first frame, and the same model told the actions of another episode.
-Errors by how far ahead: PSNR, SSIM, latents, and where the detector sees cube and peg. Writes JSON, Markdown and a picture.
+Errors by how far ahead: PSNR, SSIM, latents, and where the detector sees cube and peg. Writes JSON, Markdown, PNG.
 """
 
 import argparse
@@ -119,9 +119,9 @@ def main() -> int:
         "seconds": round(time.perf_counter() - began, 1),
         "summary": summary(found),
     }
+    solver_steps = options.solver_steps or world.config.sampling.steps
     result["about"] = (
-        f"Model `{result['model']}` ({result['weights']}), {options.solver_steps or world.config.sampling.steps} solver "
-        f"steps; {len(indices)} episodes, seeds from {options.first_seed}; {made_line(result['made'])}"
+        f"Model `{result['model']}` ({result['weights']}), {solver_steps} solver steps; {len(indices)} episodes, seeds from {options.first_seed}; {made_line(result['made'])}"
     )
     draw(found, options.out / "acting.png")
     for path in write_results("acting", result, markdown(result), options.out):

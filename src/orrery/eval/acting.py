@@ -1,7 +1,7 @@
 """How well a model predicts what actions do, by how far ahead: held-out episodes, rolled out from their first frame.
 
-Beside the truth stand two baselines: the first frame, which says that nothing moves, and the same model told the actions
-of another episode. A model that ignores its actions is no better than with others'.
+Beside the truth stand two baselines: the first frame, which says that nothing moves, and the same model told the
+actions of another episode. A model that ignores its actions is no better than with others'.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ class Horizons:
 
     psnr (dB) and ssim are means over the frames of a step; latent: L2 distance of the latent frame to the truth's over
     the truth's own norm; cube, peg: centimetres between where the detector sees it in the last frame of the step and
-    where it sees it in the truth's, NaN where the truth does not show it. moved: [episodes, steps], centimetres that the
-    cube has moved by then.
+    where it sees it in the truth's, NaN where the truth does not show it. moved: [episodes, steps], centimetres that
+    the cube has moved by then. videos: truth and ways [episodes, 1 + 4 * steps, H, W, 3] uint8.
     """
 
     values: dict[str, dict[str, np.ndarray]]
