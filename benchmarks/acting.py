@@ -121,7 +121,8 @@ def main() -> int:
     }
     solver_steps = options.solver_steps or world.config.sampling.steps
     result["about"] = (
-        f"Model `{result['model']}` ({result['weights']}), {solver_steps} solver steps; {len(indices)} episodes, seeds from {options.first_seed}; {made_line(result['made'])}"
+        f"Model `{result['model']}` ({result['weights']}), {solver_steps} solver steps; {len(indices)} episodes, seeds "
+        f"from {options.first_seed}; {made_line(result['made'])}"
     )
     draw(found, options.out / "acting.png")
     for path in write_results("acting", result, markdown(result), options.out):
