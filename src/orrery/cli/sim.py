@@ -8,7 +8,10 @@ import typer
 
 def run(
     scene: Annotated[
-        str, typer.Argument(help="drop (objects fall and collide), push (a robot arm), drive (three cameras)")
+        str,
+        typer.Argument(
+            help="drop (objects fall), push (an arm), drive (three cameras), tabletop (robots of mixed skill)"
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
     seed: Annotated[int, typer.Option(help="first seed; the same seed gives the same physics in both looks")] = 0,
