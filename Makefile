@@ -8,7 +8,7 @@ OUT    ?= out/demo
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo test lint mini mini-worlds mini-base mini-control clean
+.PHONY: help setup gl browser demo play test lint mini mini-worlds mini-base mini-control mini-episodes mini-tabletop clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ setup: $(STAMP)  ## Virtual environment in .venv with the pinned packages
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Orrery needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim,control]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim,control,play]'
 	@touch $@
 
 $(TOOLS): $(STAMP)  # what the tests need beyond that
@@ -27,10 +27,16 @@ $(TOOLS): $(STAMP)  # what the tests need beyond that
 gl: $(STAMP)  # a software OpenGL for the simulator's cameras, where the machine has none
 	@$(BIN)/python scripts/headless_gl.py
 
+browser: $(TOOLS)  # a Chromium for the tests of the page of `orrery play`, where the machine has none
+	@$(BIN)/python scripts/headless_browser.py
+
 demo: $(STAMP) gl  ## Three generated worlds (text, image, video start); the last beside what MuJoCo did
 	$(BIN)/orrery demo -o $(OUT)
 
-test: $(TOOLS) lint gl  ## Everything CI checks: style, types, floors, tests (a process a core, one thread each)
+play: $(STAMP) gl  ## Drive a robot in a page of your browser: the world model beside MuJoCo
+	$(BIN)/orrery play
+
+test: $(TOOLS) lint gl browser  ## Everything CI checks: style, types, floors, tests (a process a core, one thread each)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(TOOLS)  ## Style, types, and the floors of the house
@@ -40,11 +46,12 @@ lint: $(TOOLS)  ## Style, types, and the floors of the house
 
 DROP_CLIPS ?= 4320
 PUSH_CLIPS ?= 2460
+TABLE_CLIPS ?= 2105
 SIM        := $(BIN)/orrery sim
 SIM_INTO   := --workers $(WORKERS) -o data/mini
 CONTROL    := $(BIN)/orrery train recipes/mini-control.toml
 
-mini: mini-base mini-control  ## Make orrery-mini again from nothing (hours without a GPU; resumable)
+mini: mini-base mini-control mini-tabletop  ## Make orrery-mini again from nothing (hours without a GPU; resumable)
 
 mini-worlds: $(STAMP) gl
 	$(SIM) drop --clips $(DROP_CLIPS) $(SIM_INTO)
@@ -62,6 +69,14 @@ mini-control: mini-worlds  ## Its control branches, beside the transformer in th
 	  set -- --set control.kind=$$kind --set out=runs/mini-$$kind; \
 	  $(CONTROL) "$$@" && $(CONTROL) "$$@" --export src/orrery/weights/mini || exit 1; \
 	done
+
+mini-episodes: $(STAMP) gl
+	$(SIM) tabletop --clips $(TABLE_CLIPS) --frames 65 --without depth,segmentation --workers $(WORKERS) -o data/tabletop
+	$(SIM) tabletop --seed 1000000 --clips 96 --frames 65 --without depth,segmentation --workers $(WORKERS) -o data/tabletop
+
+mini-tabletop: mini-episodes  ## Its transformer post-trained on a robot's actions
+	$(BIN)/orrery train recipes/mini-tabletop.toml
+	$(BIN)/orrery train recipes/mini-tabletop.toml --export src/orrery/weights/tabletop
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

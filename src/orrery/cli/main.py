@@ -30,6 +30,7 @@ VERBS = {
     "convert-data": "Episodes of a robot from one format to another: LeRobot, Bridge.",
     "train": "Train the VAE or the transformer by a recipe.",
     "play": "Drive a robot in a page: the world model beside MuJoCo, frame by frame.",
+    "judge": "Try robots in a world model and in MuJoCo: does it tell the good from the bad?",
     "demo": "Three generated worlds, the last beside what MuJoCo really did.",
 }
 HIDDEN = {"demo"}  # part of `make demo`

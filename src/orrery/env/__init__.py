@@ -1,9 +1,9 @@
 """Gymnasium environments in which a world model is the world, and their twins in MuJoCo.
 
-`gymnasium.make("orrery/Tabletop-v0")` finds them without an import (the package registers itself as a plugin); where it
-was not installed by pip, `import orrery.env; orrery.env.register()` does the same.
+`import orrery.env` makes them known; `gymnasium.make("orrery.env:orrery/Tabletop-v0")` imports that by itself.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 MODEL, TRUTH = "orrery/Tabletop-v0", "orrery/TabletopTruth-v0"
@@ -34,3 +34,7 @@ def __getattr__(name: str) -> Any:
 
         return TabletopVectorEnv
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if find_spec("gymnasium") is not None:
+    register()

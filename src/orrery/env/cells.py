@@ -161,6 +161,21 @@ class Cells:
         self.distances[list(rows)] = np.nan
         self._look(rows)
 
+    def set_goal(self, row: int, goal: Any) -> None:
+        """Another goal [2], metres, for one cell: its world goes on as it is, also where the last goal was reached.
+
+        Raises:
+            InputError: no such goal. ResetNeeded: the cell has not begun.
+        """
+        place = np.asarray(goal, dtype=np.float64)
+        if place.shape != (2,) or not (np.abs(place) <= 1).all():
+            raise InputError(f"goal is {goal!r}; allowed are two metres within -1 to 1")
+        if not self.images[row].any():
+            raise ResetNeeded("set_goal() of a cell that has not begun; allowed after reset()")
+        self.goals[row], self.distances[row] = place, np.nan
+        self.elapsed[row], self.running[row] = 0, True
+        self._look([row])
+
     def step(self, actions: Any, rows: Sequence[int]) -> Results:
         """Move these cells by one action each [B, 2], B of all cells.
 
