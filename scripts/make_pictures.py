@@ -1,8 +1,9 @@
 """The pictures of README.md: `python scripts/make_pictures.py [--model mini] [--into docs/images]`.
 
 hero.webp: above, worlds from words alone; below, what MuJoCo did, and what the model says after the first 5 frames.
-failure.png: one such pair that went wrong. worlds.png: the three scenes with their ground truth. Prompts and seeds are
-written below; the seeds are held out from training.
+failure.png: one such pair that went wrong. worlds.png: the three scenes with their ground truth. acting.webp: what a
+robot does in MuJoCo, and the same actions in the tabletop model, from the first frame. Prompts and seeds are written
+below; the seeds are held out from training. `--only acting` makes that one alone.
 """
 
 import argparse
@@ -26,6 +27,7 @@ WORDS = (
 )
 HELD = (("drop", 1_000_002), ("drop", 1_000_005), ("push", 1_000_001), ("push", 1_000_006))
 FAILURE = ("push", 1_000_018)
+ACTING, ACTING_FRAMES = (1_100_001, 1_100_004, 1_100_006, 1_100_009), 49
 TILE, GAP, TEXT, GIVEN = 160, 6, 48, 5
 PAPER, INK = (250, 250, 248), (30, 30, 34)
 
@@ -63,23 +65,42 @@ def label(text: str, width: int, height: int = TEXT) -> np.ndarray:
 
 def tiles(videos: list[Video], captions: list[str], column: str) -> list[np.ndarray]:
     """One row of the picture for every frame: a name on the left, videos with captions above them."""
-    name = label(column, 74, TILE + TEXT)
+    above = TEXT if any(captions) else GAP
+    name = label(column, 74, TILE + above)
     rows = []
     for t in range(len(videos[0])):
         parts = [name]
         for video, caption in zip(videos, captions, strict=True):
             picture = np.asarray(Image.fromarray(video.frames[t]).resize((TILE, TILE), Image.Resampling.BICUBIC))
-            gap = np.full((TILE + TEXT, GAP, 3), PAPER, np.uint8)
-            parts += [np.concatenate([label(caption, TILE), picture]), gap]
+            gap = np.full((TILE + above, GAP, 3), PAPER, np.uint8)
+            parts += [np.concatenate([label(caption, TILE, above), picture]), gap]
         rows.append(np.concatenate(parts, axis=1))
     return rows
+
+
+def acting(into: Path) -> None:
+    """acting.webp: MuJoCo above, the model told the same actions below."""
+    world = orrery.load("tabletop")
+    clips = [simulate("tabletop", seed, frames=ACTING_FRAMES, truth=False) for seed in ACTING]
+    truth = [Video(clip.frames[0], clip.fps) for clip in clips]
+    drawn = [world.rollout(video[:1], clip.actions[:-1]) for video, clip in zip(truth, clips, strict=True)]
+    rows = [tiles(truth, [""] * len(clips), "MuJoCo"), tiles(drawn, [""] * len(clips), "the model,\nthe same\nactions")]
+    frames = [Image.fromarray(np.concatenate(parts)) for parts in zip(*rows, strict=True)]
+    durations = [84] * (len(frames) - 1) + [900]
+    with atomic_file(into / "acting.webp") as path:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=80)
+    print(f"{into}/acting.webp")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--into", type=Path, default=Path("docs/images"))
+    parser.add_argument("--only", choices=["acting"], help="this one alone")
     options = parser.parse_args()
+    acting(options.into)
+    if options.only:
+        return
     world = orrery.load(options.model)
     spoken = [world.generate(prompt, seed=seed) for prompt, seed in WORDS]
     held = [beside_truth(world, *which) for which in HELD]
