@@ -77,6 +77,8 @@ mini-episodes: $(STAMP) gl
 mini-tabletop: mini-episodes  ## Its transformer post-trained on a robot's actions
 	$(BIN)/orrery train recipes/mini-tabletop.toml
 	$(BIN)/orrery train recipes/mini-tabletop.toml --export src/orrery/weights/tabletop
+	$(BIN)/orrery train recipes/mini-tabletop-decoder.toml
+	$(BIN)/orrery train recipes/mini-tabletop-decoder.toml --export src/orrery/weights/tabletop
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,5 +1,6 @@
 """Recipes: the shipped ones are valid, faults are told in one line with key, value and what is allowed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_shipped_recipes_are_valid_and_their_models_fit_the_package(path: Path) 
     from orrery.nn.vae import PRESETS as VAES
     from orrery.nn.vae import VAE
     from orrery.train.networks import configure
-    from orrery.train.recipe import ControlRecipe, VAERecipe
+    from orrery.train.recipe import ActionRecipe, ControlRecipe, DecoderRecipe, VAERecipe
     from orrery.weights.sources import find_model
 
     recipe = load_recipe(path)
@@ -105,6 +106,14 @@ def test_shipped_recipes_are_valid_and_their_models_fit_the_package(path: Path) 
             config = ControlConfig(control.blocks, control.every, control.channels)
             network = ControlBranch(find_model(recipe.base).config.transformer, config)
             most = 8e6  # each of four
+        elif isinstance(recipe, ActionRecipe):
+            base = find_model(recipe.base).config.transformer
+            network = DiT(replace(base, depth=len(recipe.blocks), actions=8))
+            most = 13.2e6
+        elif isinstance(recipe, DecoderRecipe):
+            vae = VAE(find_model(recipe.base).config.vae)
+            tuned = [module for name, module in vae.named_modules() if name in recipe.parts]
+            network, most = torch.nn.ModuleList(tuned), 1.2e6
         else:
             table = recipe.transformer
             network = DiT(configure(DITS, table.preset, table.override, "transformer"))

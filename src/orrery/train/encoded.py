@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,9 +84,7 @@ def encode_episodes(
     say, factor = _Meter(), vae.temporal_factor
     found = Encoded([], [], [])
     for done, index in enumerate(indices, start=1):
-        text = f"{vae_hash} {size} {episodes.ids[index]}"
-        path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-        latents = _cached(path, lambda index=index: _encode(episodes.frames(index), vae, size))  # type: ignore[misc]
+        latents = latents_of(episodes, index, vae, vae_hash, size, folder)
         rows = episodes.actions(index)
         count = min(latents.shape[1], 1 + len(rows) // factor)
         if count >= actions.window:
@@ -100,11 +98,14 @@ def encode_episodes(
     return found
 
 
-def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
+def latents_of(episodes: Episodes, index: int, vae: VAE, vae_hash: str, size: tuple[int, int], folder: Path) -> Tensor:
+    """Latents [C, T, h, w] float16 of an episode, from `folder` where they are there."""
+    text = f"{vae_hash} {size} {episodes.ids[index]}"
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
     try:
         return load_file(path)["latents"]
     except (SafetensorError, KeyError, OSError):
-        latents = make()
+        latents = _encode(episodes.frames(index), vae, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
         save_file({"latents": latents}, partial)

@@ -106,16 +106,27 @@ def export_model(
     save_model(directory, Model(config, transformer, vae, text), model_card(directory.name, config))
 
 
+def _what(config: ModelConfig) -> str:
+    if config.actions is None:
+        return f"{config.frames} frames at {config.fps:g} fps; text, image or video (0, 1 or 2 given latent frames)"
+    told = config.actions
+    return (
+        f"{config.fps:g} fps; told {', '.join(told.names)} of every frame; windows of {told.window} latent frames, "
+        f"up to {told.given} given; VAE and text encoder are those of {config.shared.get('vae', 'its base')}"
+    )
+
+
 def model_card(name: str, config: ModelConfig) -> str:
     """README.md of a trained model: what it is, what it was trained on and how, its held-out losses."""
     lines = [
         f"# orrery-{name}",
         "",
         "A small world model of the Cosmos-Predict2.5 architecture, trained by Orrery on its own MuJoCo worlds.",
-        f"{config.resolution[0]}x{config.resolution[1]} pixels, {config.frames} frames at {config.fps:g} fps; text, "
-        "image or video (0, 1 or 2 given latent frames). Apache-2.0.",
+        f"{config.resolution[0]}x{config.resolution[1]} pixels, {_what(config)}. Apache-2.0.",
     ]
     parts = {"Transformer and text encoder": config.training, "VAE": config.training.get("vae", {})}
+    if config.actions is not None:
+        parts = {"Transformer": config.training, "Decoder of the VAE": config.training.get("decoder", {})}
     branches = config.training.get("controls", {})
     parts |= {f"Control branch: {kind}": branches[kind] for kind in config.controls if kind in branches}
     for title, training in parts.items():
@@ -123,6 +134,6 @@ def model_card(name: str, config: ModelConfig) -> str:
         for key, value in training.items():
             if key == "validation":
                 value = ", ".join(f"{which} {number:.4g}" for which, number in value.items())
-            if key not in ("vae", "controls"):
+            if key not in ("vae", "controls", "decoder"):
                 lines.append(f"| {key} | {value} |")
     return "\n".join(lines) + "\n"

@@ -282,12 +282,40 @@ class ActionRecipe(_Run):
     validation: ActionValidateRecipe = ActionValidateRecipe()
 
 
-Recipe = VAERecipe | FlowRecipe | ControlRecipe | ActionRecipe
-_TASKS: dict[str, type[VAERecipe] | type[FlowRecipe] | type[ControlRecipe] | type[ActionRecipe]] = {
+class DecoderLossRecipe(_Table):
+    """Weights of the terms, as in VAELossRecipe. `foreground` multiplies what differs from the empty scene, the median
+    of first frames: for a camera that stands still."""
+
+    l1: Weight = 1.0
+    l2: Weight = 1.0
+    foreground: Annotated[float, Field(ge=1)] = 1.0
+    sharpness: Literal["none", "sobel", "fft"] = "none"
+    sharpness_weight: Weight = 0.5
+    noise: Fraction = 0.05  # latents get noise of up to this: what is decoded later was drawn by a model
+
+
+class DecoderRecipe(_Run):
+    """Tune the decoder of a shared VAE to a model's pictures; the encoder, and so the latents, stay.
+
+    base: whose VAE. parts: prefixes of the weights that are tuned. frames: of a window.
+    """
+
+    task: Literal["decoder"]
+    base: str = "mini"
+    parts: Annotated[tuple[str, ...], Field(min_length=1)] = ("decoder.",)
+    frames: Annotated[int, Field(ge=5)] = 17
+    size: tuple[Count, Count] = (64, 64)
+    data: EpisodeRecipe
+    loss: DecoderLossRecipe = DecoderLossRecipe()
+
+
+Recipe = VAERecipe | FlowRecipe | ControlRecipe | ActionRecipe | DecoderRecipe
+_TASKS: dict[str, Any] = {
     "vae": VAERecipe,
     "flow": FlowRecipe,
     "control": ControlRecipe,
     "action": ActionRecipe,
+    "decoder": DecoderRecipe,
 }
 
 # What a resumed run may change: it moves the end, the place or the reporting, not what the steps so far were.

@@ -14,9 +14,10 @@ from orrery.errors import InputError
 from orrery.train.action import ActionTask
 from orrery.train.checkpoint import write_text
 from orrery.train.control import ControlTask
+from orrery.train.decoder import DecoderTask
 from orrery.train.flow import FlowTask
 from orrery.train.loop import Randomness, Task, Trainer, pick_device
-from orrery.train.recipe import ActionRecipe, ControlRecipe, FlowRecipe, Recipe, VAERecipe, load_recipe
+from orrery.train.recipe import ActionRecipe, ControlRecipe, DecoderRecipe, FlowRecipe, Recipe, VAERecipe, load_recipe
 from orrery.train.vae import VAETask, check_clip
 
 
@@ -68,6 +69,8 @@ def open_run(recipe: Recipe, device: torch.device, refresh_data: bool = False) -
     random = Randomness(recipe.seed)
     if isinstance(recipe, ActionRecipe):
         return Trainer(recipe, ActionTask(recipe, random, device), random, device)
+    if isinstance(recipe, DecoderRecipe):
+        return Trainer(recipe, DecoderTask(recipe, random, device), random, device)
     clips = choose_or_recall_clips(recipe, refresh_data)
     datasets = _datasets(recipe, *clips)
     freeze_clips(recipe, *clips)

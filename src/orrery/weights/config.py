@@ -124,7 +124,8 @@ class ModelConfig:
     vae_dtype: of the VAE on a GPU; on a CPU it is float32. shared: parts ("vae", "text") that lie not in the model's
     folder but are components of the catalogue, or of an embedded model, by name (see `components`). controls: the
     control branches beside the transformer, by kind (in the order of KINDS). actions: of a model that is told what a
-    robot does. training: where the weights come from; not interpreted.
+    robot does. own_decoder: some weights of the decoder of a shared VAE lie in the model's folder, tuned to its
+    pictures; latents are the shared VAE's all the same. training: where the weights come from; not interpreted.
     """
 
     transformer: DiTConfig
@@ -141,6 +142,7 @@ class ModelConfig:
     shared: Mapping[str, str] = field(default_factory=dict)
     controls: Mapping[str, ControlConfig] = field(default_factory=dict)
     actions: ActionConfig | None = None
+    own_decoder: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -170,6 +172,8 @@ class ModelConfig:
                 f"the transformer takes {self.transformer.actions} numbers of actions a latent frame, "
                 f"the config's actions have {per_latent}"
             )
+        if self.own_decoder and "vae" not in self.shared:
+            raise ValueError("own_decoder is of a model that shares its VAE, which this one does not")
         object.__setattr__(self, "controls", _ordered(self.controls))
         for kind, control in self.controls.items():
             try:
@@ -196,11 +200,9 @@ class ModelConfig:
         return dataclasses.replace(self, transformer=transformer, sampling=sampling)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict, the inverse of `from_json`; one without actions does not speak of them."""
+        """A JSON-able dict, the inverse of `from_json`; what a model has not is not spoken of."""
         values = dataclasses.asdict(self)
-        if self.actions is None:
-            del values["actions"]
-        return values
+        return {key: value for key, value in values.items() if key not in ("actions", "own_decoder") or value}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "ModelConfig":

@@ -7,6 +7,7 @@ from pathlib import Path
 from orrery.weights.config import ModelConfig
 
 PARTS = ("transformer", "vae", "text")  # that every model has; some have an "image" encoder and control branches too
+DECODER = "decoder.safetensors"  # of a model whose pictures a shared VAE's decoder was tuned to
 BRANCH = "control-"  # and the kind: the name of a branch among the parts, and of its file
 
 
@@ -18,6 +19,7 @@ class Part:
     network of diffusers repeats): how their keys become ours. find: the file or the folder they are in, downloaded if
     need be. identity: says which weights they are without reading them. base: of a control branch, the base that its
     file brings along, to be compared with the transformer. drops_image: keys of image context are passed over.
+    over: a file of weights that stand in place of those of the same names.
     """
 
     layout: str
@@ -25,6 +27,7 @@ class Part:
     identity: str
     base: "Part | None" = None
     drops_image: bool = False
+    over: Path | None = None
 
 
 @dataclass(frozen=True)

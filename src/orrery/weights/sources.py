@@ -46,7 +46,7 @@ from orrery.weights.official import (
     official_weights,
     split_branch,
 )
-from orrery.weights.parts import BRANCH, PARTS, ModelFiles, Part, file_identity, own_part
+from orrery.weights.parts import BRANCH, DECODER, PARTS, ModelFiles, Part, file_identity, own_part
 from orrery.weights.pipeline_dir import CONTROLNET, SIDECAR
 from orrery.weights.tensors import read_tensors
 
@@ -164,6 +164,10 @@ def _own_folder(folder: Path) -> ModelFiles:
     for name in PARTS:
         if name not in parts:
             parts[name] = own_part(folder, name)
+    if config.own_decoder:
+        over, shared = folder / DECODER, parts["vae"]
+        identity = f"{shared.identity}; {file_identity(over)}"
+        parts["vae"] = dataclasses.replace(shared, over=over, identity=identity)
     parts |= {BRANCH + kind: own_part(folder, BRANCH + kind) for kind in config.controls}
     tokenizer = shared_tokenizer(config) if "text" in config.shared else lambda: folder / "tokenizer.json"
     return ModelFiles(str(folder), config, parts, tokenizer, folder)

@@ -29,6 +29,7 @@ from orrery.nn.text import TextEncoder
 from orrery.nn.vae import VAE
 from orrery.weights.components import shared_parts
 from orrery.weights.config import ModelConfig, read_config
+from orrery.weights.decoder import decoder_weights
 from orrery.weights.matching import check_same_base, in_layout
 from orrery.weights.parts import BRANCH, PARTS, ModelFiles, Part
 from orrery.weights.pipeline_dir import image_config
@@ -146,7 +147,7 @@ def part_weights(files: ModelFiles, name: str, module: nn.Module) -> dict[str, T
         raise InputError(f"{path}: {len(other)} weights have another shape: {shapes}")
     if part.base is not None:
         check_same_base(files, part)
-    return weights
+    return weights if part.over is None else weights | decoder_weights(part.over, weights)
 
 
 def _few(names: list[str]) -> str:
@@ -174,6 +175,7 @@ def save_model(folder: str | PathLike[str], model: Model, card: str, dtype: torc
         raise ValueError("the control branches are not those of the config that would be saved with them")
     if not isinstance(model.text.tokenizer, Tokenizer):
         raise ValueError(f"only a tokenizers.Tokenizer can be saved, got {type(model.text.tokenizer).__name__}")
+    config = replace(config, own_decoder=False)  # the VAE is written whole
     networks = {name: getattr(model, name) for name in PARTS}
     networks |= {BRANCH + kind: branch for kind, branch in model.controls.items()}
     blobs = {name: save(_stored(name, network, dtype), {"format": "pt"}) for name, network in networks.items()}
@@ -211,6 +213,8 @@ def save_transformer(
         raise ValueError(f"the config shares no {', '.join(missing)}: save_model writes a model with all its parts")
     if config.controls:
         raise ValueError(f"control branches are not written here: {', '.join(config.controls)}; use save_control")
+    if config.own_decoder:
+        raise ValueError("a decoder of its own is not written here; use save_decoder afterwards")
     shared_parts(config)
     blob = save(_stored("transformer", transformer, dtype), {"format": "pt"})
     with atomic_folder(folder, replaces="config.json") as partial:
@@ -307,7 +311,7 @@ def _update(digest: Any, part: Part) -> None:
     if _on_hub(part):
         digest.update(part.identity.encode())
         return
-    for path in tensor_files(part.find()):
+    for path in tensor_files(part.find()) + ([] if part.over is None else [part.over]):
         digest.update(_file_digest(path))
 
 
