@@ -12,6 +12,7 @@ from orrery.errors import InputError
 from orrery.nn.dit import DiT
 from orrery.weights import load_model, load_part, model_hash, save_model, save_transformer
 from orrery.weights.config import read_config
+from orrery.weights.conversion import convert
 from orrery.weights.decoder import save_decoder
 from orrery.weights.sources import find_model
 
@@ -86,3 +87,16 @@ def test_refuses_what_cannot_be(sharing: Path, tiny_folder: Path, tmp_path: Path
     (sharing / "decoder.safetensors").unlink()
     with pytest.raises(InputError, match="decoder"):
         load_part(find_model(sharing), "vae")
+
+
+def test_conversion_takes_it_along_or_writes_the_vae_whole(sharing: Path, tmp_path: Path) -> None:
+    save_decoder(sharing, tuned(sharing), {})
+    wanted = load_part(find_model(sharing), "vae").state_dict()
+    again = convert(find_model(sharing), tmp_path / "again", "orrery")
+    whole = convert(find_model(sharing), tmp_path / "whole", "orrery", parts=("transformer", "vae"))
+    assert (again / "decoder.safetensors").is_file() and not (whole / "decoder.safetensors").exists()
+    for folder in (again, whole):
+        for key, value in load_part(find_model(folder), "vae").state_dict().items():
+            assert torch.equal(value, wanted[key]), (folder.name, key)
+    with pytest.raises(InputError, match="diffusers knows no VAE"):  # it has no word for a decoder alone
+        convert(find_model(sharing), tmp_path / "pipeline", "diffusers")

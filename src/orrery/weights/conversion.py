@@ -24,7 +24,7 @@ from orrery.weights.config import ModelConfig
 from orrery.weights.layouts import diffusers_control_keys, diffusers_transformer_key, diffusers_vae_key, text_key
 from orrery.weights.lora import Lora, merged_weights
 from orrery.weights.official import even_spread, official_table
-from orrery.weights.parts import BRANCH, PARTS, ModelFiles
+from orrery.weights.parts import BRANCH, DECODER, PARTS, ModelFiles
 from orrery.weights.pipeline_dir import CONTROLNET, SIDECAR
 from orrery.weights.store import empty_part, part_weights, write_config
 from orrery.weights.tensors import TORCH_SUFFIXES
@@ -79,6 +79,8 @@ def convert(
         raise InputError(f"the format is {to!r}; allowed are {', '.join(FORMATS)}")
     branches = [BRANCH + kind for kind in files.config.controls]
     own = [name for name in PARTS if name not in files.config.shared] if to != "official" else ["transformer"]
+    if to == "diffusers" and files.config.own_decoder:
+        own = [name for name in PARTS if name in own or name == "vae"]  # there is no word for half a VAE
     chosen = own + branches if parts is None else list(parts)
     if unknown := [name for name in chosen if name not in (*PARTS, *branches)]:
         allowed = ", ".join((*PARTS, *branches))
@@ -154,10 +156,13 @@ def _to_orrery(files: ModelFiles, folder: Path, parts: Sequence[str], weights_of
     if missing:
         raise InputError(f"a model folder needs its {', '.join(missing)}: name it among the parts")
     shared = {name: value for name, value in files.config.shared.items() if name not in parts}
-    config = dataclasses.replace(files.config, shared=shared)
+    over = files.parts["vae"].over if "vae" in shared else None
+    config = dataclasses.replace(files.config, shared=shared, own_decoder=over is not None)
     with atomic_folder(folder, replaces="config.json") as unfinished:
         for name in parts:
             _write(weights_of(name), unfinished / f"{name}.safetensors")
+        if over is not None:
+            shutil.copyfile(over, unfinished / DECODER)
         if "text" in parts:
             _copy_tokenizer(files.tokenizer(), unfinished, config, whole=False)
         write_config(unfinished, config, f"# {Path(files.name).name}\n\nConverted by Orrery from `{files.name}`.")
@@ -202,7 +207,7 @@ def _to_diffusers(files: ModelFiles, folder: Path, parts: Sequence[str], weights
             _copy_tokenizer(files.tokenizer(), unfinished / "tokenizer", config, whole=True)
         (unfinished / "scheduler").mkdir()
         _json(unfinished / "scheduler" / "scheduler_config.json", pipeline_dir.scheduler_json(config.sampling))
-        _json(unfinished / SIDECAR, dataclasses.replace(config, shared=shared).to_json())
+        _json(unfinished / SIDECAR, dataclasses.replace(config, shared=shared, own_decoder=False).to_json())
         _json(unfinished / pipeline_dir.INDEX, pipeline_dir.model_index([*networks, *([CONTROLNET] if branch else [])]))
     return folder
 
