@@ -155,3 +155,8 @@ def test_refuses_a_model_without_actions(tiny_folder: Path) -> None:
 def test_refuses_starts_without_seeds(world: World) -> None:
     with pytest.raises(InputError, match="1 starts and 2 seeds"):
         Rollout(world, [picture()], [0, 1])
+
+
+def test_generation_by_words_warns_that_it_knows_actions(world: World) -> None:
+    with pytest.warns(UserWarning, match="trained on actions, without words"):
+        world.request("a red ball falls")

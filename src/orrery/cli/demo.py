@@ -1,5 +1,5 @@
 """`orrery demo` (called by `make demo`): one world from words, one from an image, one from a video, and the truth; then
-one simulated clip drawn anew after its edges, twice."""
+one simulated clip drawn anew after its edges, twice; and what a robot's actions do, in MuJoCo and in the model."""
 
 import time
 from pathlib import Path
@@ -19,6 +19,7 @@ WORDS = "a red ball falls and bounces, plain look"
 IMAGE = ("push", 9_000_000)
 VIDEO = ("drop", 9_000_000)
 TRANSFER = ("drop", 9_000_010)
+ACTING, ACTING_FRAMES = ("tabletop", 9_000_020), 33
 
 
 def run(
@@ -27,7 +28,7 @@ def run(
     seed: Annotated[int, typer.Option(help="of the model's noise")] = 0,
 ) -> None:
     """Generate three worlds, and lay the last one beside what MuJoCo really did; then draw a simulated clip
-    anew, by its edges and two prompts."""
+    anew, by its edges and two prompts; and predict what a robot's actions do."""
     from orrery import load
     from orrery.cli.outputs import generate_to
     from orrery.errors import InputError
@@ -66,6 +67,8 @@ def run(
     )
     if "edge" in world.config.controls:
         _transfer(world, output, seed)
+    if model == "mini":
+        _act(output, seed)
     seconds = time.perf_counter() - began
     typer.echo(f"\nAll of it in {seconds:.1f} s. Beside each: a contact sheet and a record of its settings.")
 
@@ -91,6 +94,22 @@ def _transfer(world: "World", output: Path, seed: int) -> None:
     typer.echo(f"4. the edges of a simulation ({caption}), drawn anew by two prompts:")
     typer.echo("".join(f"   {prompt}\n   {output}/4_{name}.mp4\n" for name, prompt in prompts.items()), nl=False)
     typer.echo(f"   {output}/4_transfer.png: the simulation, its edges, and both")
+
+
+def _act(output: Path, seed: int) -> None:
+    """A robot's actions in MuJoCo, and the same ones in the tabletop model from the first frame on."""
+    from orrery import load
+    from orrery.sim import simulate
+    from orrery.video import Video
+
+    world = load("tabletop")
+    clip = simulate(*ACTING, size=world.config.resolution[0], frames=ACTING_FRAMES, truth=False)
+    real = Video(clip.frames[0], clip.fps)
+    both = side_by_side(real, world.rollout(real[:1], clip.actions[:-1], seed=seed))
+    both.save(output / "5_acting.mp4", scale=6)
+    both.contact_sheet(output / "5_acting.png", columns=9, frames=9)
+    typer.echo(f"5. what a robot's {len(clip.actions) - 1} actions do, from one picture on:")
+    typer.echo(f"   {output}/5_acting.png and .mp4: MuJoCo above, the model below; drive it yourself: make play")
 
 
 def _simulated(scene: str, seed: int, config: "ModelConfig", look: str | None = None) -> tuple[str, "Video"]:

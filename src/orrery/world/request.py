@@ -163,6 +163,8 @@ def check_frames(config: ModelConfig, factors: Factors, frames: int | None, give
         raise InputError(f"frames is {frames}, but the start already gives {len(given)}; allowed is more than that")
     if config.any_length and 1 < frames < config.frames:
         _warn(f"the model was trained on {config.frames} frames and on single ones; {frames} may look worse")
+    if config.actions is not None and config.actions.empty_prompt == "zeros":
+        _warn("the model was trained on actions, without words: `orrery rollout` tells it what is done")
     if config.text_only and given is not None:
         _warn("the model was published for Text2World; what it makes of a start was not shown")
     return frames
