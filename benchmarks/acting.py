@@ -28,7 +28,12 @@ FIRST = 1_100_000  # seeds from here on were not looked at while the model was m
 CACHE = Path(__file__).parents[1] / "runs" / "acting"
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "latent": "latent error", "cube": "cube, cm", "peg": "peg, cm"}
 DIGITS = {"psnr": 1, "ssim": 3, "latent": 3, "cube": 1, "peg": 1}
-NAMES = {"model": "model", "shuffled": "model, another's actions", "copied": "first frame"}
+NAMES = {
+    "model": "model",
+    "shuffled": "model, another's actions",
+    "copied": "first frame",
+    "coded": "truth through the VAE",
+}
 
 
 def summary(found: Horizons) -> dict[str, Any]:

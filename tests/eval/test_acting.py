@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from orrery.errors import InputError
 from orrery.eval.acting import LOST, bootstrap, compare, measure_horizons
@@ -65,13 +66,18 @@ def test_the_truth_has_no_error_and_a_lost_thing_counts(world: World, filmed: Fi
 def test_measures_model_shuffled_and_first_frame(world: World, filmed: Filmed) -> None:
     told: list[tuple[int, int]] = []
     found = measure_horizons(world, filmed, [0, 1, 2], 3, progress=lambda *each: told.append(each))
-    assert set(found.values) == {"model", "shuffled", "copied"}
+    assert set(found.values) == {"model", "shuffled", "copied", "coded"}
     assert all(values.shape == (3, 3) for row in found.values.values() for values in row.values())
     assert told[-1] == (24, 24)
     copied = np.repeat(filmed.frames(1)[None, :1], 13, axis=1)
     alone = compare(world, copied, filmed.frames(1)[None])
     assert found.values["copied"]["psnr"][1] == pytest.approx(alone["psnr"][0])
     assert (found.videos["model"] != found.videos["shuffled"]).any()
+    with torch.no_grad():
+        pixels = torch.from_numpy(filmed.frames(2).transpose(3, 0, 1, 2).copy())[None].float() / 127.5 - 1
+        again = world.model.vae.decode(world.model.vae.encode(pixels))[0].permute(1, 2, 3, 0)
+    levels = ((again + 1) * 127.5).clamp(0, 255).numpy()
+    assert np.abs(found.videos["coded"][2] - levels).max() < 0.51
 
 
 def test_clearly_better_means_that_the_interval_leaves_out_zero(world: World, filmed: Filmed) -> None:

@@ -13,6 +13,7 @@ from orrery.weights.layouts import diffusers_transformer_key  # noqa: E402
 CONFIG = DiTConfig(width=256, depth=2, heads=2, adaln_rank=32, text_dim=96, context_dim=64)
 TOLERANCE = 5e-5
 
+
 def nearest_resize(x, size, interpolation):
     assert interpolation == "nearest"
     return torch.nn.functional.interpolate(x, size=size, mode="nearest")

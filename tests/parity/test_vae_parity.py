@@ -12,6 +12,7 @@ WAN21 = VAEConfig(base=8, latent_channels=4)
 WAN22 = VAEConfig(base=8, decoder_base=16, latent_channels=6, patch=2, shortcuts=True)
 CONFIGS = pytest.mark.parametrize("config", [WAN21, WAN22], ids=["wan2.1", "wan2.2"])
 
+
 def pair(config: VAEConfig) -> tuple[VAE, torch.nn.Module]:
     """Our VAE and theirs with the same random weights; the load is strict on both sides."""
     torch.manual_seed(0)

@@ -1,7 +1,8 @@
 """How well a model predicts what actions do, by how far ahead: held-out episodes, rolled out from their first frame.
 
 Beside the truth stand two baselines: the first frame, which says that nothing moves, and the same model told the
-actions of another episode. A model that ignores its actions is no better than with others'.
+actions of another episode; and the truth itself, encoded and decoded, which is as good as its VAE lets it be. A model
+that ignores its actions is no better than with others'.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from orrery.eval.metrics import psnr, ssim
 from orrery.sim.detect import detect_all
 from orrery.world import Rollout, World
 
-WAYS = ("model", "shuffled", "copied")
+WAYS = ("model", "shuffled", "copied", "coded")
 MEASURES = ("psnr", "ssim", "latent", "cube", "peg")
 LOST = 0.5  # metres that count where a thing of the truth is not seen in the prediction
 
@@ -89,6 +90,7 @@ def measure_horizons(
             if progress is not None:
                 progress(number * (count - 1) + start + size, 2 * (count - 1))
         drawn[way] = np.concatenate(pieces, axis=1)
+    drawn["coded"] = np.stack([_coded(world, clip) for clip in truth])
     values = {way: compare(world, drawn[way], truth) for way in WAYS}
     cubes = detect_all(truth[:, 4::4].reshape(-1, *truth.shape[2:]))[:, 1].reshape(len(truth), steps, 2)
     first = detect_all(truth[:, 0])[:, 1]
@@ -111,6 +113,15 @@ def compare(world: World, frames: np.ndarray, truth: np.ndarray) -> dict[str, np
     gap = np.linalg.norm(seen - real, axis=2)
     gap = np.where(np.isnan(seen[..., 0]) & ~np.isnan(real[..., 0]), LOST, gap).reshape(count, steps, 3)
     return out | {"peg": 100 * gap[:, :, 0], "cube": 100 * gap[:, :, 1]}
+
+
+@torch.no_grad()
+def _coded(world: World, clip: np.ndarray) -> np.ndarray:
+    """Frames [T, H, W, 3] uint8, encoded and decoded."""
+    vae, dtype = world.model.vae, world.model.vae_dtype
+    pixels = torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))[None].to(world.device)
+    again = vae.decode(vae.encode((pixels.float() / 127.5 - 1).to(dtype)), chunk=1)[0].float()
+    return ((again + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 @torch.no_grad()
