@@ -21,6 +21,7 @@ import orrery
 from orrery.env.cells import Cells
 from orrery.env.improve import NUMBERS, START, Pusher, Search, improve, play
 from orrery.errors import InputError, OrreryError
+from orrery.eval.correlation import wilson
 from orrery.files import atomic_file, check_writable
 
 sys.path.insert(0, str(Path(__file__).parent))  # also when a test loads this file by its path
@@ -69,13 +70,6 @@ def tested(kind: str, world: Any, numbers: np.ndarray, episodes: int, at_once: i
         played = play(Cells(kind, count, world), Pusher(numbers), range(TEST + len(out), TEST + len(out) + count))
         out += played.success.astype(int).tolist()
     return out
-
-
-def wilson(successes: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
-    z, p = 1.96, successes / count
-    middle, half = p + z * z / (2 * count), z * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
 
 
 def markdown(result: dict[str, Any]) -> str:
