@@ -203,7 +203,7 @@ def actions_of(world: "World") -> ActionConfig:
     """What the model of a world is told of actions.
 
     Raises:
-        InputError: nothing.
+        InputError: it is told none.
     """
     if world.config.actions is None:
         raise InputError(f"model {world.name!r} takes no actions; one that does is 'tabletop'")
@@ -211,9 +211,20 @@ def actions_of(world: "World") -> ActionConfig:
 
 
 def run_rollout(
-    world: "World", start: Start, actions: Any, seed: int, prompt: str, steps: int | None, progress: Progress | None
+    world: "World",
+    start: Start,
+    actions: Any,
+    *,
+    seed: int = 0,
+    prompt: str = "",
+    steps: int | None = None,
+    progress: Progress | None = None,
 ) -> Video:
-    """See `World.rollout`."""
+    """See `World.rollout`.
+
+    Raises:
+        InputError: a model that takes no actions; actions of another shape, too few, or not finite.
+    """
     rollout = Rollout(world, [start], [seed], prompt=prompt, steps=steps)
     values = np.asarray(actions, dtype=np.float32)
     if values.ndim != 2 or values.shape[1] != rollout.actions.dimensions:

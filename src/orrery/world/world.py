@@ -315,32 +315,19 @@ class World:
         """Draw what `transfer_request` settled."""
         return run_transfer(self, request, progress)
 
-    def rollout(
-        self,
-        start: Start,
-        actions: Any,
-        *,
-        seed: int = 0,
-        prompt: str = "",
-        steps: int | None = None,
-        progress: Progress | None = None,
-    ) -> Video:
-        """What happens when a robot acts. For one that decides as it sees, and for many: `orrery.world.Rollout`.
+    def rollout(self, start: Start, actions: Any, **options: Any) -> Video:
+        """What happens when a robot acts: the start's last frame and N more, at the model's frame rate. For one that
+        decides as it sees, and for many, see `orrery.world.Rollout`, which also says what is refused.
 
         >>> load("tabletop").rollout("table.png", np.zeros((48, 2))).save("what_happens.mp4")
 
         Args:
             start: an image, or a video whose last frames are the past.
             actions: [N, A], row t acts between frames t and t + 1, in the units of the model's data.
-            seed, prompt, steps: as in `generate`; no prompt is what the model was trained with where there was none.
-
-        Returns:
-            The start's last frame and N more, at the model's frame rate.
-
-        Raises:
-            InputError: a model that takes no actions; actions of another shape, too few, or not finite.
+            options: seed, prompt, steps, progress as in `generate`; no prompt is what the model was trained with where
+                there was none.
         """
-        return run_rollout(self, start, actions, seed, prompt, steps, progress)
+        return run_rollout(self, start, actions, **options)
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Encode the prompts of several requests in one visit of the text encoder, where it would otherwise be loaded
