@@ -19,7 +19,7 @@ WORDS = "a red ball falls and bounces, plain look"
 IMAGE = ("push", 9_000_000)
 VIDEO = ("drop", 9_000_000)
 TRANSFER = ("drop", 9_000_010)
-ACTING, ACTING_FRAMES = ("tabletop", 9_000_020), 33
+ACTING, ACTING_FRAMES = ("tabletop", 9_000_023), 33
 
 
 def run(

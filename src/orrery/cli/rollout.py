@@ -137,7 +137,8 @@ def read_actions(path: Path) -> "np.ndarray":
         elif path.suffix == ".csv":
             lines = path.read_text(encoding="utf-8").splitlines()
             heading = bool(lines) and any(c.isalpha() and c not in "eE" for c in lines[0])
-            values = np.loadtxt(lines[1:] if heading else lines, delimiter=",", ndmin=2)
+            rows = lines[1:] if heading else lines
+            values = np.loadtxt(rows, delimiter=",", ndmin=2) if rows else np.zeros((0, 0))
         elif path.suffix == ".json":
             values = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.float64)
         else:
