@@ -17,7 +17,8 @@ from PIL import Image
 import orrery
 from orrery.data.episodes import open_episodes
 from orrery.errors import InputError, OrreryError
-from orrery.eval.acting import MEASURES, WAYS, Horizons, bootstrap, measure_horizons
+from orrery.eval.acting import MEASURES, WAYS, Horizons, measure_horizons
+from orrery.eval.metrics import bootstrap
 from orrery.files import atomic_file, check_writable
 from orrery.sim.store import write_dataset
 

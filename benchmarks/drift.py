@@ -22,6 +22,7 @@ import orrery
 from orrery.errors import InputError, OrreryError
 from orrery.eval import copy_last, detect, psnr
 from orrery.eval.judging import found_track, true_tracks
+from orrery.eval.metrics import bootstrap
 from orrery.eval.objects import colour_masks
 from orrery.files import atomic_file, check_writable
 from orrery.sim import simulate
@@ -215,12 +216,7 @@ def evaluate(case: Case, world: orrery.World, free: np.ndarray | None) -> tuple[
 
 def interval(differences: np.ndarray) -> list[float]:
     """[mean, low, high]: the bootstrap's 95 % interval over clips; nans are left out."""
-    values = differences[~np.isnan(differences)]
-    if len(values) < 2:
-        return [float("nan")] * 3
-    picks = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
-    return [float(values.mean()), float(low), float(high)]
+    return list(bootstrap(differences, RESAMPLES))
 
 
 def summarise(records: list[dict]) -> dict[str, Any]:

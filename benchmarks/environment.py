@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import orrery
 from orrery.env.cells import Cells, start_of
@@ -24,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # also when a test loads this fi
 from common import (
     RESULTS,
     busy_line,
+    counted,
     device_name,
     load_average,
     made_line,
+    matmul_ceiling,
     paired,
     provenance,
     slug,
@@ -48,13 +49,6 @@ def cells_of(kind: str, count: int, world: Any, steps: int | None) -> Cells:
     return cells
 
 
-def best_matmul(device: str, size: int = 1024) -> float:
-    """FLOP a second of the best square matrix product in float32."""
-    a = torch.randn(size, size, device=device)
-    seconds = paired({"matmul": lambda: a @ a}, 10)["matmul"]
-    return 2 * size**3 / min(seconds)
-
-
 def main() -> int:
     """Runs the benchmark; 0, or 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,16 +66,14 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     check_writable(options.out / f"{name}.json")
     busy, world = load_average(), orrery.load(options.model, device=options.device)
-    ceiling, rows, data = best_matmul(options.device), [], []
+    ceiling, rows, data = 1e12 * matmul_ceiling(options.device, torch.float32), [], []
     for count in options.copies:
         actions = np.random.default_rng(1).uniform(-1, 1, (count, 2))
         kinds = ["model"] if options.no_truth else ["model", "truth"]
         cells = {kind: cells_of(kind, count, world, options.solver_steps) for kind in kinds}
         run = {kind: partial(each.step, actions, range(count)) for kind, each in cells.items()}
         seconds = {kind: float(np.median(values)) for kind, values in paired(run, options.repeats).items()}
-        with FlopCounterMode(display=False) as counter:
-            run["model"]()
-        flops = counter.get_total_flops()
+        flops = 1e12 * counted(run["model"])[0]
         rates = {kind: count / value for kind, value in seconds.items()}
         data.append({"copies": count, "seconds": seconds, "flops": flops, "steps_a_second": rates})
         rows.append(

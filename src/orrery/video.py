@@ -213,8 +213,7 @@ class Video:
             tensor = tensor[0]
         if tensor.ndim != 4 or tensor.shape[0] != 3:
             raise InputError(f"a video tensor is [1, 3, T, H, W] or [3, T, H, W], got {list(tensor.shape)}")
-        pixels = ((tensor.detach().float().clamp(-1, 1) + 1) * 127.5).round()
-        return Video(pixels.permute(1, 2, 3, 0).cpu().numpy().astype(np.uint8), fps)
+        return Video(to_frames(tensor), fps)
 
     def contact_sheet(
         self, path: str | PathLike[str], columns: int = 6, frames: int = 18, scale: int = 1, gap: int = 4
@@ -242,6 +241,21 @@ class Video:
         with atomic_file(path) as partial:
             sheet.save(partial)
         return path
+
+
+def to_pixels(frames: np.ndarray) -> "Tensor":
+    """[B, T, H, W, 3] uint8 -> [B, 3, T, H, W] float32 in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 4, 1, 2, 3))).float() / 127.5 - 1
+
+
+def to_frames(pixels: "Tensor") -> np.ndarray:
+    """[..., 3, T, H, W] in [-1, 1] -> [..., T, H, W, 3] uint8; values outside are clamped, then rounded."""
+    import torch
+
+    levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.movedim(-4, -1).cpu().numpy()
 
 
 def _enlarged(pixels: np.ndarray, scale: int) -> Image.Image:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from orrery.data import ClipDataset, ClipEntry, ShuffledOrder, mirror_caption, read_index, split
-from orrery.data.latents import cache_latents, to_pixels
+from orrery.data.latents import cache_latents
 from orrery.errors import InputError
-from orrery.video import Video
+from orrery.video import Video, to_pixels
 
 
 def make_clip(root: Path, seed: int, scene: str = "drop", caption: str = "a ball rolls to the left") -> str:

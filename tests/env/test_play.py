@@ -21,12 +21,12 @@ import orrery.sim.render
 from orrery.cli.main import main
 from orrery.env import game as games
 from orrery.env.cells import SIZE, SUCCESS, Cells, start_of
-from orrery.env.game import PACKAGED, REACH, SHOWN, Game, packaged_picture
+from orrery.env.game import PACKAGED, SHOWN, Game, packaged_picture
 from orrery.env.play import MOST_GAMES, listen, parse, same_origin
 from orrery.env.tabletop import TabletopEnv
 from orrery.errors import InputError, OrreryError
 from orrery.sim.detect import detect
-from orrery.sim.tabletop import HELD, push_towards
+from orrery.sim.tabletop import HELD, TRAVEL, push_towards
 from orrery.video import Video
 from orrery.world import World, load
 
@@ -122,7 +122,7 @@ def test_the_peg_goes_where_a_pointer_is(game: Game, way: tuple[float, float]) -
         piece = game.step(game.velocity_to(place, "truth"))
     assert np.linalg.norm(np.array(piece.header["worlds"]["truth"]["peg"][-1]) - target) < 0.06
     far = game.velocity_to((0.0, 0.0), "truth")
-    assert np.hypot(*far) == pytest.approx(1) and REACH == pytest.approx(0.2)
+    assert np.hypot(*far) == pytest.approx(1) and TRAVEL == pytest.approx(0.2)
 
 
 def test_own_picture(game: Game, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from orrery.errors import InputError
-from orrery.eval.acting import LOST, bootstrap, compare, measure_horizons
+from orrery.eval.acting import LOST, compare, measure_horizons
+from orrery.eval.metrics import bootstrap
 from orrery.sim.tabletop import HELD, Tabletop, draw_layout
 from orrery.world import World, load
 

@@ -14,7 +14,6 @@ from orrery.eval.policies import (
     FINAL,
     FINAL_SEED,
     SETS,
-    STRIDE,
     TUNING,
     TUNING_SEED,
     Asked,
@@ -25,7 +24,7 @@ from orrery.eval.policies import (
     load_policy,
 )
 from orrery.sim.detect import detect_all
-from orrery.sim.tabletop import HELD, Layout, Tabletop, push_towards
+from orrery.sim.tabletop import HELD, TRAVEL, Layout, Tabletop, push_towards
 
 BLANK = np.full((64, 64, 3), 128, np.uint8)
 GOAL = np.array([0.2, 0.0])
@@ -118,8 +117,8 @@ def test_ahead_counts_its_commands(pictures: np.ndarray) -> None:
     one.reset([0])
     for _ in range(2):
         one.act(seen(pictures[:1]))
-    assert np.allclose(told[1].tip - told[0].tip, [STRIDE, 0]) and np.allclose(told[0].tip, told[0].peg)
-    assert STRIDE == pytest.approx(0.6 * HELD / 12)
+    assert np.allclose(told[1].tip - told[0].tip, [TRAVEL, 0]) and np.allclose(told[0].tip, told[0].peg)
+    assert TRAVEL == pytest.approx(0.6 * HELD / 12)
 
 
 def test_noise_has_its_spread(pictures: np.ndarray) -> None:

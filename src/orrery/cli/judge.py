@@ -68,9 +68,10 @@ def run(
     _check_folder(output)
     from orrery.cli.options import check_name, load_world
     from orrery.env import register
+    from orrery.env.optional import check_packages
 
     check_name(model)
-    _check_gymnasium()
+    check_packages(("gymnasium",), "judge", "env")
     register()
     world = load_world(model, device, None)
     with _Bar(len(chosen) + len(own), seeds) as bar:
@@ -91,15 +92,6 @@ def _check_folder(output: Path) -> None:
         raise InputError(f"cannot write {output}: it is a file, not a folder")
     check_writable(output / "results.json" if output.is_dir() else output)
     output.mkdir(exist_ok=True)
-
-
-def _check_gymnasium() -> None:
-    from importlib.util import find_spec
-
-    from orrery.errors import OrreryError
-
-    if find_spec("gymnasium") is None:
-        raise OrreryError("`orrery judge` needs gymnasium: pip install 'orrery[env]'")
 
 
 def _print_robots() -> None:

@@ -8,8 +8,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,19 @@ def check_output(output: Path, start: Path | None = None, scale: int | None = No
             raise InputError(f"writing {path} would overwrite the start; choose another output")
 
 
+@contextmanager
+def progress_bar(words: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr where that is a terminal; what is given is called with (steps done, steps in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(words, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def generate_to(
     output: Path,
     world: "World",
@@ -73,18 +86,12 @@ def generate_to(
 
     loading: seconds, recorded. cut: frames that are kept of it.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     request = world.request(prompt, **options)
     if scale is None:
         scale = max(1, round(EASY_TO_SEE / max(request.size)))
-    console = Console(stderr=True)
     began = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("generating", total=None)
-        video = world.run(request, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress_bar("generating") as tell:
+        video = world.run(request, tell)
     video = video[: cut or len(video)]
     if is_image(output) and len(video) > 1:
         raise InputError(f"cannot write {len(video)} frames to {output}: a picture holds one; use .mp4")

@@ -48,7 +48,7 @@ def run(
     """
     import numpy as np
 
-    from orrery.cli.outputs import EASY_TO_SEE, check_output, describe_model, write_all
+    from orrery.cli.outputs import EASY_TO_SEE, check_output, describe_model, progress_bar, write_all
     from orrery.errors import InputError
     from orrery.video import Video
 
@@ -63,7 +63,8 @@ def run(
         assert actions is not None
         begins, deeds = start, read_actions(actions)
     world = opt.load_world(model, device, lora, dtype=dtype)
-    video = _drawn(world, begins, deeds, seed, steps, prompt)
+    with progress_bar("acting") as tell:
+        video = world.rollout(begins, deeds, seed=seed, steps=steps, prompt=prompt, progress=tell)
     shown = video
     if truth is not None:
         real = truth.resize(video.height, video.width).frames[: len(video)]
@@ -84,24 +85,6 @@ def run(
     write_all(shown, output, scale or size, record)
     beside = "" if truth is None else "; left the model, right what happened"
     typer.echo(f"{output}: {len(video)} frames at {video.fps:g} a second, by {world.name}{beside}")
-
-
-def _drawn(world: Any, start: Any, actions: "np.ndarray", seed: int, steps: int | None, prompt: str) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("acting", total=None)
-        return world.rollout(
-            start,
-            actions,
-            seed=seed,
-            steps=steps,
-            prompt=prompt,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
 
 
 def _episode(dataset: Path, episode: int, frame: int, camera: str | None) -> Any:

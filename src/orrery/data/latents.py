@@ -20,6 +20,7 @@ from torch import Tensor
 from orrery.data.clips import ClipDataset, ClipEntry, list_hash, mirror_caption
 from orrery.errors import InputError
 from orrery.files import atomic_file
+from orrery.video import to_pixels
 
 SEEDS_PER_SHARD = 256
 
@@ -36,11 +37,6 @@ class LatentCache:
 
     def __len__(self) -> int:
         return len(self.captions)
-
-
-def to_pixels(frames: np.ndarray) -> Tensor:
-    """[B, T, H, W, 3] uint8 -> [B, 3, T, H, W] float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 4, 1, 2, 3))).float() / 127.5 - 1
 
 
 def cache_latents(

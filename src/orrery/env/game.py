@@ -21,14 +21,13 @@ from orrery.env.cells import SIZE, SUCCESS, Cells, Start, start_of
 from orrery.errors import InputError
 from orrery.sim.detect import PEG_HEIGHT, detect, detect_all, to_pixels
 from orrery.sim.simulate import FPS
-from orrery.sim.tabletop import HELD, SPEED, draw_goal
+from orrery.sim.tabletop import TRAVEL, draw_goal
 from orrery.video import Video
 from orrery.world import World
 
 ENDLESS = 10**9  # steps of an episode
 SHOWN = 6  # steps for which a goal that was reached stays
 FILM = 450  # steps that are kept for saving: 150 s
-REACH = SPEED * HELD / FPS  # metres that the peg goes in one step at full speed
 GAIN = 0.8  # of the way to the pointer a step: the arm runs after what it is told by some centimetres
 PACKAGED = 24  # pictures to begin with where there is no MuJoCo that draws one
 COLUMNS = 6  # of their sheet
@@ -123,7 +122,7 @@ class Game:
         if np.isnan(peg).any():
             return np.zeros(2)
         x, y, w = _to_table() @ [*np.clip(place, 0, 1), 1]
-        return shorten(GAIN * (np.array([x, y]) / w - peg) / REACH)
+        return shorten(GAIN * (np.array([x, y]) / w - peg) / TRAVEL)
 
     def another_goal(self) -> None:
         """Another goal, from the next step on."""

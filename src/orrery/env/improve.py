@@ -1,9 +1,9 @@
 """Getting better inside the model: the numbers of a policy, chosen by how it does in imagined episodes alone.
 
-The policy is a robot that goes round the cube and pushes it, with seven numbers; the search is the cross-entropy method
-(Rubinstein and Kroese 2004): draw candidates, keep the best, draw around them. All candidates and all their episodes
-are one batch of cells, and the cells may be a world model's or MuJoCo's: what the search spends is counted in steps of
-cells, the same in both.
+The policy is the scripted robot that goes round the cube and pushes it, with its seven numbers; the search is the
+cross-entropy method (Rubinstein and Kroese 2004): draw candidates, keep the best, draw around them. All candidates and
+all their episodes are one batch of cells, and the cells may be a world model's or MuJoCo's: what the search spends is
+counted in steps of cells, the same in both.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,28 +14,24 @@ import numpy as np
 from orrery.env.cells import Cells, start_of
 from orrery.errors import InputError
 from orrery.sim.detect import detect_all
-from orrery.sim.simulate import FPS
-from orrery.sim.tabletop import HALF, HELD, PEG, REACH, SPEED
+from orrery.sim.tabletop import Manner, push_towards
 
-GAP = HALF + PEG  # metres between the middles of cube and peg where they touch
-TRAVEL = SPEED * HELD / FPS  # metres that action 1 moves the peg in a step
-
-# name -> (least, most, what an engineer in a hurry would set)
+# number of `Manner` -> (least, most, what an engineer in a hurry would set)
 NUMBERS: dict[str, tuple[float, float, float]] = {
-    "clearance": (0.0, 0.2, 0.01),  # metres between cube and peg on the way round
-    "aim": (0.1, 1.5, 1.3),  # radians off the line through cube and goal at which it pushes all the same
-    "offset": (0.01, 0.2, 0.2),  # metres off that line at which it does
-    "steer": (0.0, 2.0, 0.0),  # how much it steers back to the line while it pushes
-    "round": (0.2, 1.5, 1.2),  # radians that it goes round in one step
-    "push": (0.1, 2.0, 1.6),  # steps' worth of travel beyond touching
-    "ease": (0.0, 2.0, 2.0),  # how far beyond the cube's way to the goal it pushes at most, in shares of that way
+    "clearance": (0.0, 0.2, 0.01),
+    "aim": (0.1, 1.5, 1.3),
+    "offset": (0.01, 0.2, 0.2),
+    "steer": (0.0, 2.0, 0.0),
+    "around": (0.2, 1.5, 1.2),
+    "push": (0.1, 2.0, 1.6),
+    "ease": (0.0, 2.0, 2.0),
 }
 START = np.array([start for _, _, start in NUMBERS.values()])
 
 
 @dataclass(frozen=True)
 class Pusher:
-    """The policy. numbers [P], or [B, P]: its own for each cell."""
+    """The policy: `push_towards` on what is seen. numbers: its Manner [P], or [B, P]: its own for each cell."""
 
     numbers: np.ndarray
 
@@ -44,27 +40,8 @@ class Pusher:
         stands still."""
         seen = detect_all(images)
         numbers = np.broadcast_to(self.numbers, (len(images), len(NUMBERS)))
-        actions = [_push(*row) for row in zip(numbers, seen[:, 0], seen[:, 1], goals.astype(float), strict=True)]
-        return np.nan_to_num(np.stack(actions))
-
-
-def _push(numbers: np.ndarray, peg: np.ndarray, cube: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    clearance, aim, offset, steer, around, push, ease = numbers
-    left = float(np.linalg.norm(goal - cube))
-    way, away = (goal - cube) / max(left, 1e-6), peg - cube
-    distance = float(np.linalg.norm(away))
-    here, wanted = np.arctan2(away[1], away[0]), np.arctan2(-way[1], -way[0])
-    turn = (wanted - here + np.pi) % (2 * np.pi) - np.pi
-    side = way[0] * away[1] - way[1] * away[0]
-    if abs(turn) < aim and abs(side) < offset:
-        travel = max(0.0, distance - GAP) + min(ease * left, push * TRAVEL)
-        move = way * travel - np.array([-way[1], way[0]]) * side * steer
-    else:
-        circle, angle = GAP + clearance, here + np.clip(turn, -around, around)
-        point = np.clip(cube + circle * np.array([np.cos(angle), np.sin(angle)]), *REACH)
-        short = circle - 0.03 - distance
-        move = away / max(distance, 1e-6) * short if short > 0 else point - peg
-    return np.clip(move / max(TRAVEL, float(np.abs(move).max())), -1, 1)
+        rows = zip(seen[:, 0], seen[:, 1], goals.astype(float), numbers.tolist(), strict=True)
+        return np.nan_to_num(np.stack([push_towards(peg, cube, goal, Manner(*how)) for peg, cube, goal, how in rows]))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 
 from orrery.data.episodes import Episodes
 from orrery.errors import InputError
-from orrery.eval.metrics import psnr, ssim
+from orrery.eval.metrics import bootstrap, psnr, ssim
 from orrery.sim.detect import detect_all
+from orrery.video import to_frames, to_pixels
 from orrery.world import Rollout, World
 
 WAYS = ("model", "shuffled", "copied", "coded")
@@ -43,16 +44,6 @@ class Horizons:
         sign = 1 if measure in ("psnr", "ssim") else -1
         gain = sign * (self.values["model"][measure] - self.values[over][measure])
         return np.array([bootstrap(column)[1] for column in gain.T])
-
-
-def bootstrap(values: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
-    """(mean, low, high): the 95 % interval of the mean over resamples of the values; NaNs are left out."""
-    values = values[~np.isnan(values)]
-    if len(values) < 2:
-        return (float("nan"),) * 3
-    picks = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
-    low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
-    return float(values.mean()), float(low), float(high)
 
 
 def measure_horizons(
@@ -118,18 +109,15 @@ def compare(world: World, frames: np.ndarray, truth: np.ndarray) -> dict[str, np
 @torch.no_grad()
 def _coded(world: World, clip: np.ndarray) -> np.ndarray:
     """Frames [T, H, W, 3] uint8, encoded and decoded."""
-    vae, dtype = world.model.vae, world.model.vae_dtype
-    pixels = torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))[None].to(world.device)
-    again = vae.decode(vae.encode((pixels.float() / 127.5 - 1).to(dtype)), chunk=1)[0].float()
-    return ((again + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    return to_frames(world.model.vae.decode(_encoded(world, clip).to(world.model.vae_dtype), chunk=1)[0])
 
 
 @torch.no_grad()
 def _latents(world: World, frames: np.ndarray) -> torch.Tensor:
     """[B, T - 1, C, h, w]: latent frames after the first."""
-    rows = []
-    for clip in frames:
-        pixels = torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))[None].to(world.device)
-        latents = world.model.vae.encode((pixels.float() / 127.5 - 1).to(world.model.vae_dtype))
-        rows.append(latents[0, :, 1:].transpose(0, 1).float().cpu())
-    return torch.stack(rows)
+    return torch.stack([_encoded(world, clip)[0, :, 1:].transpose(0, 1).cpu() for clip in frames])
+
+
+def _encoded(world: World, clip: np.ndarray) -> torch.Tensor:
+    """Latents [1, C, T', h, w] float32 of frames [T, H, W, 3] uint8."""
+    return world.model.vae.encode(to_pixels(clip[None]).to(world.device, world.model.vae_dtype)).float()

@@ -59,6 +59,16 @@ def _window(x: np.ndarray) -> np.ndarray:
     return x
 
 
+def bootstrap(values: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
+    """(mean, low, high): the 95 % interval of the mean over resamples of the values; NaNs are left out."""
+    values = values[~np.isnan(values)]
+    if len(values) < 2:
+        return (float("nan"),) * 3
+    picks = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
+    low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
+    return float(values.mean()), float(low), float(high)
+
+
 def copy_last(truth: np.ndarray, given: int) -> np.ndarray:
     """The prediction that nothing moves: truth [T, H, W, 3], from frame `given` on replaced by frame given - 1.
 

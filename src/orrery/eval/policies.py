@@ -27,12 +27,10 @@ import numpy as np
 
 from orrery.errors import InputError, one_line
 from orrery.sim.detect import detect_all
-from orrery.sim.simulate import FPS
-from orrery.sim.tabletop import HELD, REACH, SPEED, push_towards
+from orrery.sim.tabletop import REACH, TRAVEL, Manner, push_towards
 
 Observations = Mapping[str, np.ndarray]
 TUNING_SEED, FINAL_SEED = 10_000, 20_000
-STRIDE = SPEED * HELD / FPS  # metres that the peg is told to go by an action of 1
 ASIDE = 0.1  # metres to the right of the goal: where `wrong-goal` pushes to
 
 
@@ -229,7 +227,7 @@ class Scripted:
             if self.noise:
                 action = action + rng.normal(0, self.noise, 2)
             actions[row] = np.clip(action, -1, 1)
-        self._tips = np.clip(self._tips + STRIDE * actions, *REACH)
+        self._tips = np.clip(self._tips + TRAVEL * actions, *REACH)
         self._step += 1
         return actions
 
@@ -257,7 +255,10 @@ def fingerprint(policy: Policy, place: str | None = None) -> str:
         file = place if place.endswith(".zip") else getattr(module, "__file__", None)
         return "" if file is None else sha256(Path(file).read_bytes()).hexdigest()[:16]
     files = [Path(__file__), Path(str(inspect.getsourcefile(detect_all)))]
-    code = b"".join(file.read_bytes() for file in files) + inspect.getsource(push_towards).encode()
+    code = (
+        b"".join(file.read_bytes() for file in files)
+        + (inspect.getsource(push_towards) + inspect.getsource(Manner)).encode()
+    )
     return sha256(code + str(getattr(policy, "source", "")).encode()).hexdigest()[:16]
 
 

@@ -7,7 +7,7 @@ behind: random motion, pushes to a goal with every amount of noise, and failures
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ PEG_COLOUR = (0.95, 0.1, 0.8)
 ELBOW = 1.0
 CAMERA, UP, FOVY = (0.0, -1.45, 2.05), (0.0, 0.777, 0.629), 38.0  # of the fixed camera
 HELD = 4  # frames that an action of the environments lasts: one latent frame
+TRAVEL = SPEED * HELD / FPS  # metres that the peg is told to go by an action of 1 in that time
 CAPTION = "a robot arm pushes a red cube on a table, plain look"
 
 
@@ -151,13 +152,27 @@ class Tabletop:
         return found
 
 
-def push_towards(peg: np.ndarray, block: np.ndarray, goal: np.ndarray) -> np.ndarray:
+class Manner(NamedTuple):
+    """How `push_towards` goes about it."""
+
+    clearance: float = 0.08  # metres between block and peg on the way round
+    aim: float = 0.6  # radians off the line through block and goal at which it pushes all the same
+    offset: float = 0.08  # metres off that line at which it does
+    steer: float = 1.0  # how much it steers back to the line while it pushes
+    around: float = 0.8  # radians that it goes round in one step
+    push: float = 0.6  # steps' worth of travel beyond touching
+    ease: float = 1.0  # the most that it pushes beyond touching, in shares of the block's way to the goal
+
+
+PROVEN = Manner()
+
+
+def push_towards(peg: np.ndarray, block: np.ndarray, goal: np.ndarray, how: Manner = PROVEN) -> np.ndarray:
     """A scripted robot: the action [2] in [-1, 1], to be held for `HELD` frames, that brings the block to the goal.
 
     Go round the block to the side away from the goal, then push along the line to the goal, slower near it. Places are
     [2] metres.
     """
-    reach = SPEED * HELD / FPS
     left = float(np.linalg.norm(goal - block))
     if left < 0.02:
         return np.zeros(2)
@@ -167,16 +182,16 @@ def push_towards(peg: np.ndarray, block: np.ndarray, goal: np.ndarray) -> np.nda
     here, wanted = np.arctan2(offset[1], offset[0]), np.arctan2(-way[1], -way[0])
     turn = float((wanted - here + np.pi) % (2 * np.pi) - np.pi)
     side = float(way[0] * offset[1] - way[1] * offset[0])
-    if abs(turn) < 0.6 and abs(side) < 0.08:  # behind it: push, and steer back to the line
-        travel = max(0.0, distance - gap) + min(left, 0.6 * reach)
-        move = way * travel - np.array([-way[1], way[0]]) * side
+    if abs(turn) < how.aim and abs(side) < how.offset:  # behind it: push, and steer back to the line
+        travel = max(0.0, distance - gap) + min(how.ease * left, how.push * TRAVEL)
+        move = way * travel - np.array([-way[1], way[0]]) * side * how.steer
     else:  # round it on a circle, no nearer than that
-        circle = gap + 0.08
-        angle = here + np.clip(turn, -0.8, 0.8)
+        circle = gap + how.clearance
+        angle = here + np.clip(turn, -how.around, how.around)
         point = np.clip(block + circle * np.array([np.cos(angle), np.sin(angle)]), *REACH)
         out = max(0.0, circle - 0.03 - distance) * offset / max(distance, 1e-6)
         move = out if out.any() else point - peg
-    return np.clip(move / max(reach, float(np.abs(move).max())), -1, 1)
+    return np.clip(move / max(TRAVEL, float(np.abs(move).max())), -1, 1)
 
 
 def build(rng: np.random.Generator, look: Look, frames: int) -> Episode:

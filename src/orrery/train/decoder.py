@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orrery.data.episodes import open_episodes
-from orrery.data.latents import to_pixels
 from orrery.data.order import ShuffledOrder
 from orrery.errors import InputError
 from orrery.nn.vae import VAE
@@ -25,7 +24,7 @@ from orrery.train.loop import Randomness
 from orrery.train.recipe import DecoderRecipe, VAELossRecipe
 from orrery.train.sheets import save_sheet, to_uint8
 from orrery.train.vae import psnr, reconstruction_loss
-from orrery.video import Video
+from orrery.video import Video, to_pixels
 from orrery.weights.config import read_config
 from orrery.weights.decoder import PREFIX, save_decoder
 from orrery.weights.parts import DECODER

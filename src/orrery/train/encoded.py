@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orrery.data.episodes import Episodes
-from orrery.data.latents import to_pixels
 from orrery.errors import InputError
 from orrery.files import atomic_file
 from orrery.nn.actions import group
@@ -27,7 +26,7 @@ from orrery.nn.vae import VAE
 from orrery.train.checkpoint import write_text
 from orrery.train.recipe import EpisodeRecipe
 from orrery.train.report import duration
-from orrery.video import Video
+from orrery.video import Video, to_pixels
 from orrery.weights.config import ActionConfig
 
 FRAMES_AT_ONCE = 128  # through the VAE

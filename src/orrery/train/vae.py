@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from orrery.data.clips import Clip, ClipDataset
-from orrery.data.latents import to_pixels
 from orrery.data.order import ShuffledOrder
 from orrery.errors import InputError
 from orrery.nn.vae import PRESETS, VAE, VAEConfig
@@ -22,6 +21,7 @@ from orrery.train.loop import Randomness
 from orrery.train.networks import configure
 from orrery.train.recipe import VAELossRecipe, VAERecipe
 from orrery.train.sheets import save_sheet, to_uint8
+from orrery.video import to_pixels
 
 
 def build_vae(recipe: VAERecipe) -> VAE:

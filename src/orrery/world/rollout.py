@@ -21,7 +21,7 @@ from orrery.flow.schedule import shift_schedule
 from orrery.nn.actions import group
 from orrery.nn.dit import Conditions, DiT, TextContext
 from orrery.nn.vae_blocks import Stream
-from orrery.video import Video
+from orrery.video import Video, to_frames, to_pixels
 from orrery.weights import ActionConfig
 from orrery.world.request import Start, as_video, whole
 
@@ -187,13 +187,12 @@ class Rollout:
             pixels = vae.decode_next(latents, part)
             if part is not self._stream:
                 self._stream.put(index, part)
-        return _to_frames(pixels)
+        return to_frames(pixels)
 
     def _encode(self, frames: np.ndarray) -> Tensor:
         """[B, T, H, W, 3] uint8 -> latents [B, C, T', h, w] float32."""
-        vae = self.world.model.vae
-        pixels = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 4, 1, 2, 3))).to(self.world.device)
-        return vae.encode((pixels.float() / 127.5 - 1).to(self.world.model.vae_dtype)).float()
+        pixels = to_pixels(frames).to(self.world.device, self.world.model.vae_dtype)
+        return self.world.model.vae.encode(pixels).float()
 
     def _index(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor(list(rows), dtype=torch.int64, device=self.world.device)
@@ -253,9 +252,3 @@ def _encode_text(world: "World", prompt: str) -> TextContext:
             return transformer.encode_text(zeros)
         text = world.model.text
         return transformer.encode_text(text(text.tokenize([prompt]).to(world.device)))
-
-
-def _to_frames(pixels: Tensor) -> np.ndarray:
-    """[B, 3, T, H, W] about [-1, 1] -> uint8 [B, T, H, W, 3]."""
-    levels = ((pixels.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-    return levels.permute(0, 2, 3, 4, 1).cpu().numpy()
