@@ -110,10 +110,11 @@ def test_words_alone_encode_nothing(world: World, monkeypatch: pytest.MonkeyPatc
 def test_what_the_transformer_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = spy(monkeypatch, world.model.transformer, "forward")
     world.generate(PROMPT, moving(5), steps=3)
-    assert len(calls) == 6  # with and without the prompt
+    assert len(calls) == 3  # with and without the prompt, side by side
     for (x, times, conditions), _ in calls:
         assert isinstance(conditions, Conditions)
         assert conditions.frame_mask[0, 0, :, 0, 0].tolist() == [1, 1, 0, 0, 0]
+        assert len(x) == 2 and torch.equal(x[0], x[1]) and conditions.text.batch == 2
         assert times.shape == (1, 5) and times[0, :2].tolist() == [0, 0] and times[0, 2:].min() > 0
         assert torch.equal(x[:, :, :2], calls[0][0][0][:, :, :2])  # given frames stay what they are
     calls.clear()

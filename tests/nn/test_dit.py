@@ -282,7 +282,7 @@ WRONG = {
     "odd height": ({"latents": torch.zeros(2, 16, 3, 5, 6)}, r"H .* multiple of 2, got 5"),
     "empty time": ({"latents": torch.zeros(2, 16, 0, 4, 6)}, r"T .* got 0"),
     "too long": ({"latents": torch.zeros(2, 16, 9, 4, 6)}, r"T .* at most 8, got 9"),
-    "timesteps batch": ({"timesteps": torch.zeros(1)}, r"\[2\] or \[2, 3\], got \[1\]"),
+    "timesteps batch": ({"timesteps": torch.zeros(3)}, r"\[2\] or \[2, 3\] \(or a batch of 1\), got \[3\]"),
     "timesteps frames": ({"timesteps": torch.zeros(2, 2)}, r"got \[2, 2\]"),
     "text width": ({"text": torch.zeros(2, 7, 21)}, r"20\], got \[2, 7, 21\]"),
     "text batch": ({"text": torch.zeros(3, 7, 20)}, r"batch of 2 .* got 3"),
@@ -321,3 +321,30 @@ def test_temporal_patch_needs_a_shared_timestep():
     assert net(latents, timesteps, conditions).shape == latents.shape
     with pytest.raises(ValueError, match="patch of 1, this network has 3"):
         net(latents, timesteps[:, None].repeat(1, 3), conditions)
+
+
+def test_times_of_batch_one_serve_every_item():
+    net = network()
+    latents, _, conditions = inputs()
+    for times in (torch.tensor([700.0]), torch.tensor([[0.0, 700.0, 300.0]])):
+        whole = net(latents, times.expand(2, *times.shape[1:]), conditions)
+        assert torch.allclose(net(latents, times, conditions), whole, atol=1e-5)
+        assert not torch.allclose(net(latents, times + 100, conditions), whole, atol=1e-2)
+
+
+def test_norm_and_rotation_together_are_both_after_each_other():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 12, 3, 24), torch.rand(24) + 0.5
+    table = rope.rope_table((2, 2, 3), 24)
+    plain = rope.apply_rope(torch.nn.functional.rms_norm(x, (24,), weight, 1e-6), *table)
+    with torch.no_grad():
+        fast = rope.norm_rope(x, weight, 1e-6, *table)
+    assert fast.dtype == torch.float32 and (fast - plain).abs().max() < 2e-6
+    assert torch.equal(rope.norm_rope(x, weight, 1e-6, *table), plain)  # with gradients: the plain form
+    half = x.bfloat16()
+    with torch.no_grad():  # rounded after the norm, as published
+        rounded = torch.nn.functional.rms_norm(half, (24,), weight.bfloat16(), 1e-6)
+        assert torch.equal(rope.norm_rope(half, weight, 1e-6, *table), rope.apply_rope(rounded, *table))
+    zeros = torch.zeros(1, 12, 3, 24)
+    with torch.no_grad():
+        assert torch.equal(rope.norm_rope(zeros, weight, 1e-6, *table), zeros)

@@ -90,10 +90,12 @@ def test_shipped_recipes_are_valid_and_their_models_fit_the_package(path: Path) 
     from orrery.nn.control import ControlBranch, ControlConfig
     from orrery.nn.dit import PRESETS as DITS
     from orrery.nn.dit import DiT
+    from orrery.nn.preview import PRESETS as PREVIEWS
+    from orrery.nn.preview import Preview
     from orrery.nn.vae import PRESETS as VAES
     from orrery.nn.vae import VAE
     from orrery.train.networks import configure
-    from orrery.train.recipe import ActionRecipe, ControlRecipe, DecoderRecipe, VAERecipe
+    from orrery.train.recipe import ActionRecipe, ControlRecipe, DecoderRecipe, PreviewRecipe, VAERecipe
     from orrery.weights.sources import find_model
 
     recipe = load_recipe(path)
@@ -114,6 +116,9 @@ def test_shipped_recipes_are_valid_and_their_models_fit_the_package(path: Path) 
             vae = VAE(find_model(recipe.base).config.vae)
             tuned = [module for name, module in vae.named_modules() if name in recipe.parts]
             network, most = torch.nn.ModuleList(tuned), 1.2e6
+        elif isinstance(recipe, PreviewRecipe):
+            table = recipe.preview
+            network, most = Preview(configure(PREVIEWS, table.preset, table.override, "preview")), 0.5e6
         else:
             table = recipe.transformer
             network = DiT(configure(DITS, table.preset, table.override, "transformer"))

@@ -68,8 +68,8 @@ def handed(
     chunks: list[tuple[tuple, torch.Tensor]] = []
     original = world._chunk
 
-    def spy(*args):
-        result = original(*args)
+    def spy(*args, **options):
+        result = original(*args, **options)
         chunks.append((args, result))
         return result
 

@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,12 +31,17 @@ def plans(name: str, sizes: tuple[int, ...] = CARDS, **options) -> dict[int, Pla
     return {size: make_plan(published(name), shape, size * GIB, BF16, BF16, **options) for size in sizes}
 
 
-def needs(**changes: int) -> Needs:
+def streamed(rest: int, block: int, blocks: int) -> tuple[int, ...]:
+    """What is on the device where so many blocks stay: they, the two slots of the others, and the rest."""
+    return tuple(rest + block * min(blocks, n + 2) for n in range(blocks + 1))
+
+
+def needs(**changes: Any) -> Needs:
     """Numbers of which every sum is another one. Blocks: 8 of 40, so two of them and the rest are 180."""
     return Needs(
         **{
-            "text": 1000, "text_peak": 10, "transformer": 420, "block": 40, "blocks": 8, "transformer_peak": 103,
-            "batch_peak": 207, "vae": 31, "vae_peak": 300, "tile_peak": 52,
+            "text": 1000, "text_peak": 10, "transformer": 420, "streamed": streamed(100, 40, 8),
+            "transformer_peak": 103, "batch_peak": 207, "vae": 31, "vae_peak": 300, "tile_peak": 52,
         } | changes
     )  # fmt: skip
 
@@ -88,12 +94,14 @@ def test_weights_of_the_published_models() -> None:
         assert found.transformer / 2e9 == pytest.approx(billions, rel=0.01)
         assert found.text / 2e9 == pytest.approx(7.07, rel=0.01)  # a Qwen2.5 of 7 billion without its output layer
         assert found.vae / 2e9 == pytest.approx(0.127, rel=0.01)
-        network = found.blocks * found.block
-        assert 0.85 * found.transformer < network < found.transformer
+        assert found.streamed[-1] == pytest.approx(found.transformer, rel=1e-3)  # but for the room between weights
+        assert found.streamed[0] < 0.2 * found.transformer
     with torch.device("meta"):
         block = DiT(dataclasses.replace(published("predict2.5-2b").transformer, depth=1)).blocks[0]
     whole = measure(published("predict2.5-2b"), shape, BF16, BF16)
-    assert whole.blocks == 28 and whole.block == 2 * sum(p.numel() for p in block.parameters())
+    assert len(whole.streamed) == 29
+    one = 2 * sum(p.numel() for p in block.parameters())
+    assert whole.streamed[10] - whole.streamed[9] == pytest.approx(one, rel=1e-3)
 
 
 def test_peaks_move_as_they_should() -> None:
@@ -133,39 +141,39 @@ def test_stages_hold_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.peaks == {"text encoder": 1010, "transformer": 420 + 207, "VAE": 331}
 
 
-def test_blocks_hold_two_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_hold_two_of_them_and_what_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_for(monkeypatch, 522, needs())  # a byte less than the transformer with its peak
-    assert plan == Plan("blocks", True, False, True, 522, plan.peaks)
-    assert plan.peaks == {"text encoder": 0, "transformer": 180 + 207, "VAE": 331}
-    few = plan_for(monkeypatch, 522, needs(transformer=420, block=210, blocks=2))
+    assert plan == Plan("blocks", True, False, True, 522, plan.peaks, resident=3)  # and three, as there is room
+    assert plan.peaks == {"text encoder": 0, "transformer": 180 + 3 * 40 + 207, "VAE": 331}
+    few = plan_for(monkeypatch, 522, needs(transformer=420, streamed=streamed(0, 210, 2)))
     assert few.peaks["transformer"] == 420 + 103 and not few.fits  # two blocks are all it has
 
 
 @pytest.mark.parametrize(
-    "capacity, placement, text_on_cpu, tiled, side_by_side, peak",
+    "capacity, placement, text_on_cpu, tiled, side_by_side, resident, peak",
     [
-        (1751, "resident", False, False, True, 1751),
-        (1750, "stages", False, False, True, 1010),
-        (1010, "stages", False, False, True, 1010),
-        (1009, "stages", True, False, True, 627),
-        (627, "stages", True, False, True, 627),
-        (626, "stages", True, False, False, 523),
-        (523, "stages", True, False, False, 523),
-        (522, "blocks", True, False, True, 387),
-        (387, "blocks", True, False, True, 387),
-        (386, "blocks", True, False, False, 331),
-        (331, "blocks", True, False, False, 331),
-        (330, "blocks", True, True, False, 283),
-        (283, "blocks", True, True, False, 283),
-        (282, "blocks", True, True, False, 283),
+        (1751, "resident", False, False, True, 0, 1751),
+        (1750, "stages", False, False, True, 0, 1010),
+        (1010, "stages", False, False, True, 0, 1010),
+        (1009, "stages", True, False, True, 0, 627),
+        (627, "stages", True, False, True, 0, 627),
+        (626, "stages", True, False, False, 0, 523),
+        (523, "stages", True, False, False, 0, 523),
+        (522, "blocks", True, False, True, 3, 507),
+        (387, "blocks", True, False, True, 0, 387),
+        (386, "blocks", True, False, False, 2, 363),
+        (331, "blocks", True, False, False, 1, 331),
+        (330, "blocks", True, True, False, 1, 323),
+        (283, "blocks", True, True, False, 0, 283),
+        (282, "blocks", True, True, False, 0, 283),
     ],
 )
 def test_every_threshold(
     monkeypatch: pytest.MonkeyPatch,
-    capacity: int, placement: str, text_on_cpu: bool, tiled: bool, side_by_side: bool, peak: int,
+    capacity: int, placement: str, text_on_cpu: bool, tiled: bool, side_by_side: bool, resident: int, peak: int,
 ) -> None:  # fmt: skip
     plan = plan_for(monkeypatch, capacity, needs())
-    assert plan == Plan(placement, text_on_cpu, tiled, side_by_side, capacity, plan.peaks)
+    assert plan == Plan(placement, text_on_cpu, tiled, side_by_side, capacity, plan.peaks, resident)
     assert plan.peak == peak and plan.fits == (capacity >= 283)
 
 
@@ -200,9 +208,9 @@ def test_any_needs_and_any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the numbers: more memory is never worse, what fits does, and nothing better would have fitted."""
     draw = random.Random(0)
     for _ in range(300):
-        sizes = {field.name: draw.randrange(1, 1000) for field in dataclasses.fields(Needs)}
-        sizes["blocks"] = draw.randrange(1, 9)
-        sizes["transformer"] = sizes["block"] * sizes["blocks"] + draw.randrange(100)
+        sizes: dict[str, Any] = {field.name: draw.randrange(1, 1000) for field in dataclasses.fields(Needs)}
+        sizes["streamed"] = streamed(draw.randrange(100), draw.randrange(1, 1000), draw.randrange(1, 9))
+        sizes["transformer"] = sizes["streamed"][-1]
         for small, large in (("transformer_peak", "batch_peak"), ("tile_peak", "vae_peak")):
             sizes[large] = sizes[small] + draw.randrange(1000)
         of, cuda = Needs(**sizes), draw.random() < 0.8
@@ -242,6 +250,20 @@ def test_a_plan_in_words() -> None:
     assert str(Plan("resident", False, False, True, 8 * GIB, {"VAE": GIB})) == (
         "resident, guidance in one batch; peak 1.0 of 8.0 GiB"
     )
+    assert "guidance one by one, 3 blocks stay" in str(Plan("blocks", True, True, False, 6 * GIB, {"VAE": GIB}, 3))
+
+
+@pytest.mark.parametrize("size", [24, 32])
+def test_weights_in_8_bits_take_less(size: int) -> None:
+    config, shape = published("predict2.5-14b"), Shape((704, 1280), 93, given=5)
+    plain = make_plan(config, shape, size * GIB, BF16, BF16)
+    rounded = make_plan(config, dataclasses.replace(shape, quantise="int8"), size * GIB, BF16, BF16)
+    assert PLACEMENTS.index(rounded.placement) <= PLACEMENTS.index(plain.placement)
+    assert rounded.fits >= plain.fits and (rounded.placement, rounded.resident) != (plain.placement, plain.resident)
+    whole = [
+        measure(config, each, BF16, BF16).transformer for each in (shape, dataclasses.replace(shape, quantise="int8"))
+    ]
+    assert whole[1] == pytest.approx(0.54 * whole[0], rel=0.01)
 
 
 def test_a_small_model_is_resident_at_once(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +275,8 @@ def test_a_small_model_is_resident_at_once(tiny_folder: Path, monkeypatch: pytes
     for name in (tiny_folder, "mini"):
         world = orrery.load(name, "cpu")
         plan = world.plan(world.config.resolution, world.config.frames)
-        assert plan == Plan("resident", False, False, False, math.inf, plan.peaks) and plan.fits
+        assert plan == Plan("resident", False, False, True, math.inf, plan.peaks) and plan.fits
+        assert not world.plan(world.config.resolution, world.config.frames, guidance=False).side_by_side
     with pytest.raises(AssertionError, match="measured"):
         orrery.load(tiny_folder, "cpu", placement="resident")
 

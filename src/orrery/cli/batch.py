@@ -32,6 +32,8 @@ def run(
     scale: Annotated[
         int | None, typer.Option(help="Enlarge so many times.", show_default="so it is easy to see")
     ] = None,
+    preset: opt.Preset = None,
+    speed: opt.Speeds = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     lora: opt.Loras = None,
@@ -66,7 +68,8 @@ def run(
     for job in left:
         check_output(_place(output, job), job.start, scale)
     sources: dict[str, Any] = dict(vae=vae, text=text, like=like, conventions=conventions)
-    world = opt.load_world(model, device, lora, dtype=dtype, placement=placement, embeddings=embeddings, **sources)
+    sources |= dict(dtype=dtype, placement=placement, embeddings=embeddings)
+    world = opt.load_world(model, device, lora, preset, speed, **sources)
     requests = [_checked(world, job) for job in left]
     failed = []
     for number, job in enumerate(left, start=1):

@@ -41,6 +41,15 @@ def run(
     handover: Annotated[
         str, typer.Option(help="What a chunk of a long video hands on: latents, or frames (encoded again).")
     ] = "latents",
+    preset: opt.Preset = None,
+    speed: opt.Speeds = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Show where it leads while it is drawn: OUTPUT's name with .preview.png.")
+    ] = False,
+    preview_decoder: Annotated[
+        Path | None,
+        typer.Option(help="For --preview: another decoder, such as taew2_1.pth.", show_default="the model's"),
+    ] = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     lora: opt.Loras = None,
@@ -58,7 +67,7 @@ def run(
 
     Example: orrery generate "a red ball falls and bounces" --seed 1 -o ball.mp4
     """
-    from orrery.cli.outputs import check_output, companions, generate_to, is_image
+    from orrery.cli.outputs import Preview, check_output, companions, generate_to, is_image
 
     wanted = opt.parse_size(size, resolution, aspect)
     check_output(output, start, scale)
@@ -70,9 +79,17 @@ def run(
     settings |= dict(schedule=schedule, shift=shift, handover=handover, negative_prompt=negative_prompt)
     began = time.perf_counter()
     sources: dict[str, Any] = dict(vae=vae, text=text, like=like, conventions=conventions)
-    world = opt.load_world(model, device, lora, dtype=dtype, placement=placement, embeddings=embeddings, **sources)
+    sources |= dict(dtype=dtype, placement=placement, embeddings=embeddings)
+    world = opt.load_world(model, device, lora, preset, speed, **sources)
+    sketches = None
+    if preview or preview_decoder is not None:
+        world.use_preview(preview_decoder)
+        sketches = Preview(output.with_suffix(".preview.png"))
+        typer.echo(f"{sketches.path}: what it will be, step by step", err=True)
     loading = time.perf_counter() - began
-    video = generate_to(output, world, prompt, scale, loading, **settings)
+    video = generate_to(output, world, prompt, scale, loading, show=sketches, **settings)
     sheet, log = companions(output)
     typer.echo(f"{output}: {len(video)} frames at {video.fps:g} a second, by {world.name} on {world.device}")
     typer.echo(f"{sheet}: contact sheet; {log}: all settings; {time.perf_counter() - began:.1f} s in all")
+    if not world.speed.exact:
+        typer.echo(f"speed: {world.speed}; {world.spent}")

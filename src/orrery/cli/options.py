@@ -37,6 +37,23 @@ Embeddings = Annotated[
         show_default="not kept",
     ),
 ]  # fmt: skip
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="How fast: exact (nothing but rounding), balanced or fast (with a stated error).",
+        show_default="exact", rich_help_panel="Speed",
+    ),
+]  # fmt: skip
+Speeds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--speed", metavar="KEY[=VALUE]",
+        help="One rung of it. Exact: attention=KERNEL, compile. Inexact: cache=ERROR (steps left out, up to that "
+        "relative error), interval=LOW:HIGH (noise levels with guidance), steps=N, dtype=bfloat16, quantise=int8|fp8, "
+        "sparse=2b|14b. Repeatable; docs/fast.md says what each costs.",
+        rich_help_panel="Speed",
+    ),
+]  # fmt: skip
 Size = Annotated[str | None, typer.Option(metavar="HxW", help="Size.", show_default="the model's")]
 Resolution = Annotated[
     str | None, typer.Option(help="Size by name: 256, 480, 480p, 512, 720, 720p, 1024, 1080.", show_default=False)
@@ -90,10 +107,25 @@ def check_name(model: str) -> None:
         find_entry(model)
 
 
-def load_world(model: str, device: str | None, loras: list[str] | None, **options: Any) -> Any:
-    """`orrery.load` with the options of the command line."""
+def load_world(
+    model: str,
+    device: str | None,
+    loras: list[str] | None,
+    preset: str | None = None,
+    speeds: list[str] | None = None,
+    **options: Any,
+) -> Any:
+    """`orrery.load` with the options of the command line.
+
+    Raises:
+        InputError: what `orrery.load` refuses; a preset that is none.
+    """
     check_name(model)
     pairs = parse_loras(loras)
     import orrery
+    from orrery.world.speed import PRESETS
 
-    return orrery.load(model, device, loras=pairs, **options)
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    speed = " ".join([preset or "exact", *(speeds or [])])
+    return orrery.load(model, device, loras=pairs, speed=speed, **options)

@@ -3,13 +3,14 @@
 A transfer leaves more: its control videos, and a video and a sheet with input, controls and result beside each other.
 """
 
+import dataclasses
 import hashlib
 import json
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 EASY_TO_SEE = 768  # pixels: smaller videos are enlarged to about this
 WIDEST = 1920  # pixels: what shows several videos beside each other is made smaller than that
 GAP = 2  # pixels between videos beside each other
+PREVIEW_ROWS = 10
 SHEET_COLUMNS, SHEET_HEIGHT, SHEET_LABEL = 8, 144, 96  # of a transfer's sheet: frames, their height, the label's width
 
 
@@ -80,18 +82,19 @@ def generate_to(
     scale: int | None = None,
     loading: float = 0.0,
     cut: int | None = None,
+    show: Callable[[int, int, "Video"], None] | None = None,
     **options: Any,
 ) -> "Video":
     """`world.generate(prompt, **options)` with a progress bar, then the three files.
 
-    loading: seconds, recorded. cut: frames that are kept of it.
+    loading: seconds, recorded. cut: frames that are kept of it. show: is told of every step, see `Preview`.
     """
     request = world.request(prompt, **options)
     if scale is None:
         scale = max(1, round(EASY_TO_SEE / max(request.size)))
     began = time.perf_counter()
     with progress_bar("generating") as tell:
-        video = world.run(request, tell)
+        video = world.run(request, tell, show)
     video = video[: cut or len(video)]
     if is_image(output) and len(video) > 1:
         raise InputError(f"cannot write {len(video)} frames to {output}: a picture holds one; use .mp4")
@@ -170,6 +173,7 @@ def describe_model(world: "World") -> dict[str, Any]:
         "model_hash": world.hash,
         "device": str(world.device),
         "dtype": str(world.dtype).removeprefix("torch."),
+        "speed": {"rungs": str(world.speed), "exact": world.speed.exact, **dataclasses.asdict(world.spent)},
         "threads": torch.get_num_threads(),
         "versions": {
             "orrery": __version__,
@@ -263,6 +267,28 @@ def beside(videos: Sequence["Video"], gap: int) -> "Video":
     line = np.full((len(first), first.height, gap, 3), 255, np.uint8)
     pieces = [piece for video in videos for piece in (line, video.frames)][1:]
     return Video(np.concatenate(pieces, axis=2), first.fps)
+
+
+class Preview:
+    """A picture that grows while a video is drawn: a row a step with what it will be, as the preview decoder has it;
+    at most PREVIEW_ROWS of them, evenly spread, and the latest. Written anew at every step, whole each time.
+
+    A step that cannot be written (a full disk) is passed over: nothing of the video depends on it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_writable(path)
+        self.path = path
+        self._rows: dict[str, Any] = {}
+
+    def __call__(self, done: int, steps: int, video: "Video") -> None:
+        """Add a step."""
+        every = -(-steps // PREVIEW_ROWS)
+        rows = self._rows | {f"step {done}/{steps}": video}
+        if done % every == 0 or done in (1, steps):
+            self._rows = rows
+        with suppress(OSError, InputError), atomic_file(self.path) as partial:
+            labelled_sheet(rows, partial)
 
 
 def labelled_sheet(rows: Mapping[str, "Video"], path: Path) -> None:

@@ -35,6 +35,8 @@ def run(
     scale: Annotated[
         int | None, typer.Option(help="Enlarge so many times for the eye.", show_default="so that it is easy to see")
     ] = None,
+    preset: opt.Preset = None,
+    speed: opt.Speeds = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     lora: opt.Loras = None,
@@ -62,7 +64,7 @@ def run(
     else:
         assert actions is not None
         begins, deeds = start, read_actions(actions)
-    world = opt.load_world(model, device, lora, dtype=dtype)
+    world = opt.load_world(model, device, lora, preset, speed, dtype=dtype)
     with progress_bar("acting") as tell:
         video = world.rollout(begins, deeds, seed=seed, steps=steps, prompt=prompt, progress=tell)
     shown = video

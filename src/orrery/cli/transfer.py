@@ -112,6 +112,8 @@ def run(
     depth_model: Annotated[str | None, _DepthModel] = None,
     detector: Annotated[str | None, _Detector] = None,
     tracker: Annotated[str | None, _Tracker] = None,
+    preset: opt.Preset = None,
+    speed: opt.Speeds = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     branch: Annotated[Words, _Branches] = None,
@@ -154,7 +156,7 @@ def run(
     sources: dict[str, Any] = dict(vae=vae, text=text, image=image_encoder, like=like, conventions=conventions)
     branches = _branches(model, jobs, branch)
     choice = dict(model=model, loras=lora or [], dtype=dtype, branches=branches, **sources)
-    choice |= dict(depth_model=depth_model, detector=detector, tracker=tracker)
+    choice |= dict(depth_model=depth_model, detector=detector, tracker=tracker, preset=preset, speed=speed or [])
     opt.parse_loras(lora)
     tasks = make_tasks(jobs, output, Drawing(wanted, fps, overlap, handover))
     left = [task for task in tasks if again or not is_done(task, choice)]
@@ -169,7 +171,7 @@ def run(
             began = time.perf_counter()
             needed = {kind: path for kind, path in branches.items() if any(kind in task.spec.kinds for task in part)}
             options = dict(dtype=dtype, placement=placement, embeddings=embeddings, controls=needed, **sources)
-            world = opt.load_world(model, device, lora, **options)
+            world = opt.load_world(model, device, lora, preset, speed, **options)
             models = models or signal_models(depth_model, detector, tracker, device)
             draw_all(world, part, models, choice, time.perf_counter() - began, keep_going)
             del world

@@ -1,11 +1,12 @@
-"""The mathematics of rectified flow: path, times, schedules, solvers, guidance, frame conditioning, noise.
+"""The mathematics of rectified flow: path, times, schedules, solvers, guidance, caching, frames, noise.
 
-Pure functions on tensors (and two small stateful solvers). No networks, no files, no prompts.
+Pure functions on tensors (and small stateful solvers and a cache). No networks, no files, no prompts.
 """
 
+from .caching import StepCache
 from .conditioning import FrameCondition, frame_mask, sample_counts
-from .editing import held
-from .guidance import guided, guided_velocity, one_by_one, side_by_side
+from .editing import held, watched
+from .guidance import Interval, Predict, guidance_jumps, guided, guided_velocity, one_by_one, side_by_side
 from .noise import numpy_noise
 from .path import interpolate, noise_from_velocity, sample_times, shift_times, velocity_target, x0_from_velocity
 from .schedule import Schedule, distilled_schedule, karras_schedule, shift_schedule, start_at
@@ -15,11 +16,15 @@ __all__ = [
     "SOLVERS",
     "Euler",
     "FrameCondition",
+    "Interval",
+    "Predict",
     "Renoise",
     "Schedule",
+    "StepCache",
     "UniPC",
     "distilled_schedule",
     "frame_mask",
+    "guidance_jumps",
     "guided",
     "guided_velocity",
     "held",
@@ -36,5 +41,6 @@ __all__ = [
     "solve",
     "start_at",
     "velocity_target",
+    "watched",
     "x0_from_velocity",
 ]

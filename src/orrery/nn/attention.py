@@ -1,25 +1,17 @@
-"""One function in front of every attention kernel, and the projections around it.
+"""The projections around attention: bias-free, with a per-head RMSNorm of queries and keys (arXiv 2511.00062).
 
-`attention` is the only place that calls a kernel; `scaled_dot_product_attention` is the reference. `Attention` holds
-the bias-free projections and the per-head RMSNorm of queries and keys of arXiv 2511.00062 (parameter names: the
-published checkpoints').
+Parameter names are the published checkpoints'. Which kernel computes attention itself is `nn.kernels`' concern.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn, ones
 
+from orrery.nn.kernels import attention
+from orrery.nn.neighbourhood import neighbourhood_attention
+from orrery.nn.neighbourhood_pattern import Pattern
+from orrery.nn.rope import norm_rope
+
 EPS = 1e-6  # of every norm in the published transformer
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full bidirectional attention, scaled by 1/sqrt(dim).
-
-    q [B, Nq, heads, dim], k and v [B, Nk, heads, dim], one dtype and one device -> [B, Nq, heads, dim].
-    A k and v of batch 1 serve every item of the batch.
-    """
-    if k.shape[0] == 1 and q.shape[0] > 1:
-        k, v = k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -36,18 +28,28 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Queries from x [B, N, width], keys and values from context [B, L, context_width]; for self-attention both are x.
 
-    The caller may rotate queries and keys, and may keep keys and values of a context that does not change.
+    The caller may keep keys and values of a context that does not change. sparse: of self-attention, a pattern and the
+    backend of `nn.neighbourhood` in place of full attention; None for full attention.
     """
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
         self.heads = heads
+        self.sparse: tuple[Pattern, str] | None = None
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(context_width, width, bias=False)
         self.v_proj = nn.Linear(context_width, width, bias=False)
         self.output_proj = nn.Linear(width, width, bias=False)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
+
+    def rotated(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, width] -> of self-attention queries and keys, normalised and rotated, and plain values, each
+        [B, N, heads, dim]."""
+        split = (self.heads, -1)
+        q = norm_rope(self.q_proj(x).unflatten(-1, split), self.q_norm.weight, EPS, *rope)
+        k = norm_rope(self.k_proj(x).unflatten(-1, split), self.k_norm.weight, EPS, *rope)
+        return q, k, self.v_proj(x).unflatten(-1, split)
 
     def queries(self, x: Tensor) -> Tensor:
         """[B, N, width] -> normalised queries [B, N, heads, dim]."""
@@ -58,9 +60,15 @@ class Attention(nn.Module):
         keys = self.k_norm(self.k_proj(context).unflatten(-1, (self.heads, -1)))
         return keys, self.v_proj(context).unflatten(-1, (self.heads, -1))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend with prepared q, k, v [B, *, heads, dim] and project: [B, N, width]."""
-        return self.output_proj(attention(q, k, v).flatten(-2))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Attend with prepared q, k, v [B, N, heads, dim] of tokens in a grid (T, rows, columns) and project:
+        [B, N, width]."""
+        if self.sparse is None:
+            answer = attention(q, k, v)
+        else:
+            pattern, backend = self.sparse
+            answer = neighbourhood_attention(q, k, v, grid, pattern, backend)
+        return self.output_proj(answer.flatten(-2))
 
 
 class CrossAttention(Attention):

@@ -20,7 +20,7 @@ from orrery.nn.actions import ActionMLP, placed
 from orrery.nn.attention import EPS, Attention, CrossAttention, RMSNorm
 from orrery.nn.conditions import BaseState, Conditions, KeysValues, Projected, Rope, TextContext
 from orrery.nn.precision import FollowingLinear, full_precision
-from orrery.nn.rope import TOKENS_AT_ONCE, apply_rope, axis_sizes, cached_rope_table
+from orrery.nn.rope import TOKENS_AT_ONCE, axis_sizes, cached_rope_table
 
 IMAGE_TOKENS = 256  # of a reference image, in the published models
 
@@ -205,8 +205,8 @@ class Block(nn.Module):
         self.adaln_modulation_mlp = Modulation(width, rank, 3)
 
     def forward(self, x: Tensor, embedding: Tensor, shared: Tensor | None, text: KeysValues, rope: Rope) -> Tensor:
-        """x [B, T, H, W, D]; embedding [B, T or 1, 1, 1, D]; shared [B, T or 1, 1, 1, 3D] or None;
-        text: its keys and values in this block."""
+        """x [B, T, H, W, D]; embedding [B or 1, T or 1, 1, 1, D]; shared, likewise with 3D, or None; text: its keys and
+        values in this block."""
         with full_precision(self.fp32_modulation, x.device):
             self_attn, cross_attn, mlp = (
                 self._modulate(layers, embedding, shared, x.dtype)
@@ -219,10 +219,10 @@ class Block(nn.Module):
 
         shift, scale, gate = self_attn
         h = modulated_norm(x, shift, scale).flatten(1, 3)
-        q, (k, v) = self.self_attn.queries(h), self.self_attn.keys_values(h)
+        q, k, v = self.self_attn.rotated(h, rope)
         del h
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        x = torch.addcmul(x, gate, self.self_attn(q, k, v).view_as(x))
+        _, *grid, _ = x.shape
+        x = torch.addcmul(x, gate, self.self_attn(q, k, v, (grid[0], grid[1], grid[2])).view_as(x))
         del q, k, v
 
         shift, scale, gate = cross_attn
@@ -361,7 +361,7 @@ class DiT(nn.Module):
         """Velocity of the flow at `latents`.
 
         latents [B, C, T, H, W] (given frames already in place); timesteps in 0..1000, [B] for all frames alike or
-        [B, T] per latent frame -> fp32 [B, C, T, H, W].
+        [B, T] per latent frame -> fp32 [B, C, T, H, W]. Times of batch 1 serve every item, and are modulated once.
         """
         size = self._token_size(latents)
         timesteps = self._check_timesteps(timesteps, latents)
@@ -407,12 +407,14 @@ class DiT(nn.Module):
         return t, h, w
 
     def _check_timesteps(self, timesteps: Tensor, latents: Tensor) -> Tensor:
-        """[B] or [B, T] -> [B, 1] or [B, T]."""
-        batch, frames = latents.shape[0], latents.shape[2]
-        if timesteps.shape == (batch,) or timesteps.shape == (batch, 1):
-            return timesteps.reshape(batch, 1)
-        if timesteps.shape != (batch, frames):
-            raise ValueError(f"timesteps must be [{batch}] or [{batch}, {frames}], got {list(timesteps.shape)}")
+        """[B] or [B, T] -> [B, 1] or [B, T]; B may be 1."""
+        batch, frames, shape = latents.shape[0], latents.shape[2], tuple(timesteps.shape)
+        if shape not in {(b, *rest) for b in (1, batch) for rest in ((), (1,), (frames,))}:
+            raise ValueError(
+                f"timesteps must be [{batch}] or [{batch}, {frames}] (or a batch of 1), got {list(timesteps.shape)}"
+            )
+        if shape[1:] in ((), (1,)):
+            return timesteps.reshape(-1, 1)
         if self.config.patch[0] != 1:
             raise ValueError(f"per-frame timesteps need a temporal patch of 1, this network has {self.config.patch[0]}")
         return timesteps

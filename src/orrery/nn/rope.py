@@ -11,6 +11,7 @@ with exponents rounded to bfloat16: up to 1.9 % in a frequency. `bf16_exponents`
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 THETA = 10000.0
@@ -94,6 +95,26 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         part = slice(start, start + TOKENS_AT_ONCE)
         out[:, part] = _rotate(x[:, part], cos[part], sin[part])
     return out
+
+
+def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """RMSNorm over the last axis with `weight` [dim], then `apply_rope`: what queries and keys go through.
+
+    x [B, N, heads, dim], table [N, dim] -> [B, N, heads, dim]. In float32 and without gradients in half the passes over
+    memory (the weight goes into the table, the norm comes last), equal to rounding. Other dtypes are rounded after the
+    norm as the published networks do, and torch.compile fuses the plain form by itself.
+    """
+    if torch.is_grad_enabled() or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return apply_rope(F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype), cos, sin)
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    (first, second), (w_first, w_second) = x.split(half, dim=-1), weight.split(half)
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    out = torch.empty_like(x)
+    out_first, out_second = out.split(half, dim=-1)
+    torch.mul(first, cos * w_first, out=out_first).addcmul_(second, sin * w_second, value=-1)
+    torch.mul(second, cos * w_second, out=out_second).addcmul_(first, sin * w_first)
+    return out.mul_(scale)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -309,13 +309,35 @@ class DecoderRecipe(_Run):
     loss: DecoderLossRecipe = DecoderLossRecipe()
 
 
-Recipe = VAERecipe | FlowRecipe | ControlRecipe | ActionRecipe | DecoderRecipe
+class PreviewLossRecipe(_Table):
+    """Weights of the terms, against the VAE's own pictures of the same latents; pixels are in [-1, 1]."""
+
+    l1: Weight = 1.0
+    l2: Weight = 4.0
+    noise: Fraction = 0.0  # latents get noise of up to this: what is watched is still on its way
+
+
+class PreviewRecipe(_ClipRun):
+    """Distil a VAE's decoder into a tiny one (orrery.nn.preview).
+
+    base: whose VAE; a named model or a model folder, which is not changed. data.cache_gb: of the VAE's pictures too.
+    """
+
+    task: Literal["preview"]
+    base: str = "mini"
+    latents: ControlLatentRecipe = ControlLatentRecipe()
+    preview: NetworkRecipe = NetworkRecipe()
+    loss: PreviewLossRecipe = PreviewLossRecipe()
+
+
+Recipe = VAERecipe | FlowRecipe | ControlRecipe | ActionRecipe | DecoderRecipe | PreviewRecipe
 _TASKS: dict[str, Any] = {
     "vae": VAERecipe,
     "flow": FlowRecipe,
     "control": ControlRecipe,
     "action": ActionRecipe,
     "decoder": DecoderRecipe,
+    "preview": PreviewRecipe,
 }
 
 # What a resumed run may change: it moves the end, the place or the reporting, not what the steps so far were.

@@ -17,7 +17,17 @@ from orrery.train.control import ControlTask
 from orrery.train.decoder import DecoderTask
 from orrery.train.flow import FlowTask
 from orrery.train.loop import Randomness, Task, Trainer, pick_device
-from orrery.train.recipe import ActionRecipe, ControlRecipe, DecoderRecipe, FlowRecipe, Recipe, VAERecipe, load_recipe
+from orrery.train.preview import PreviewTask
+from orrery.train.recipe import (
+    ActionRecipe,
+    ControlRecipe,
+    DecoderRecipe,
+    FlowRecipe,
+    PreviewRecipe,
+    Recipe,
+    VAERecipe,
+    load_recipe,
+)
 from orrery.train.vae import VAETask, check_clip
 
 
@@ -61,7 +71,7 @@ def train(
     return export
 
 
-ClipRecipe = VAERecipe | FlowRecipe | ControlRecipe
+ClipRecipe = VAERecipe | FlowRecipe | ControlRecipe | PreviewRecipe
 
 
 def open_run(recipe: Recipe, device: torch.device, refresh_data: bool = False) -> Trainer:
@@ -79,6 +89,8 @@ def open_run(recipe: Recipe, device: torch.device, refresh_data: bool = False) -
         task = VAETask(recipe, *datasets, random, device)
     elif isinstance(recipe, ControlRecipe):
         task = ControlTask(recipe, *datasets, random, device)
+    elif isinstance(recipe, PreviewRecipe):
+        task = PreviewTask(recipe, *datasets, random, device)
     else:
         task = FlowTask(recipe, *datasets, random, device)
     return Trainer(recipe, task, random, device)

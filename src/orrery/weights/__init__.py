@@ -8,6 +8,7 @@ A model folder of ours:
     text.safetensors          the text encoder
     tokenizer.json            its tokenizer
     control-KIND.safetensors  a control branch beside the DiT, of those that config.json lists
+    preview.safetensors       a tiny decoder of the VAE's latents, for watching; where there is one
     README.md                 the model card
 
 VAE and text encoder may be shared instead (`components`): those of the published models, or of one in the package.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from orrery.weights.conversion import convert
     from orrery.weights.lora import Lora, merge, read_lora
     from orrery.weights.parts import ModelFiles
+    from orrery.weights.preview import load_preview
     from orrery.weights.sources import find_model
     from orrery.weights.store import (
         Model,
@@ -48,6 +50,7 @@ _HOMES = {
     "merge": "lora",
     "read_lora": "lora",
     "ModelFiles": "parts",
+    "load_preview": "preview",
     "find_model": "sources",
     "Model": "store",
     "load_model": "store",
@@ -74,6 +77,7 @@ __all__ = [
     "find_model",
     "load_model",
     "load_part",
+    "load_preview",
     "merge",
     "model_hash",
     "part_hash",

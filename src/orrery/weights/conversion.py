@@ -26,6 +26,7 @@ from orrery.weights.lora import Lora, merged_weights
 from orrery.weights.official import even_spread, official_table
 from orrery.weights.parts import BRANCH, DECODER, PARTS, ModelFiles
 from orrery.weights.pipeline_dir import CONTROLNET, SIDECAR
+from orrery.weights.preview import PREVIEW, find_preview
 from orrery.weights.store import empty_part, part_weights, write_config
 from orrery.weights.tensors import TORCH_SUFFIXES
 
@@ -163,6 +164,8 @@ def _to_orrery(files: ModelFiles, folder: Path, parts: Sequence[str], weights_of
             _write(weights_of(name), unfinished / f"{name}.safetensors")
         if over is not None:
             shutil.copyfile(over, unfinished / DECODER)
+        if "vae" in parts and (preview := find_preview(files)) is not None:
+            shutil.copyfile(preview, unfinished / PREVIEW)
         if "text" in parts:
             _copy_tokenizer(files.tokenizer(), unfinished, config, whole=False)
         write_config(unfinished, config, f"# {Path(files.name).name}\n\nConverted by Orrery from `{files.name}`.")

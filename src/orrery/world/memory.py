@@ -71,5 +71,5 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def parameter_bytes(module: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Of a network's weights in a dtype."""
-    return sum(weight.numel() for weight in module.parameters()) * dtype.itemsize
+    """Of a network's weights in a dtype; quantised ones as they are."""
+    return sum(w.numel() * (1 if w.dtype.itemsize == 1 else dtype.itemsize) for w in module.parameters())

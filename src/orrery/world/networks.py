@@ -22,6 +22,7 @@ from orrery.nn.vae import VAE
 from orrery.weights import Lora, ModelFiles, load_part, merge
 from orrery.weights.store import load_tokenizer
 from orrery.weights.tensors import read_tensors
+from orrery.world.speed import Speed, prepare
 
 
 class Networks:
@@ -31,6 +32,7 @@ class Networks:
         files: where the model is.
         device, dtype, vae_dtype: where and in what the networks compute.
         loras: are merged into the transformer when it is loaded.
+        speed: how the transformer and its branches are made faster once they are loaded.
 
     `transformer`, `vae` and `text` load a network and keep it. `use` follows a placement: it lets go of a network that
     is not to stay.
@@ -43,9 +45,10 @@ class Networks:
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
         loras: Sequence[Lora] = (),
+        speed: Speed = Speed(),  # noqa: B008 - it is frozen
     ) -> None:
         self.files, self.config = files, files.config
-        self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
+        self.device, self.dtype, self.vae_dtype, self.speed = device, dtype, vae_dtype, speed
         self.loras = tuple(loras)
         self._loaded: dict[str, nn.Module] = {}
         self._merged: Any = None
@@ -82,7 +85,12 @@ class Networks:
             self._keep(name)
 
     def with_loras(self, loras: Sequence[Lora]) -> None:
-        """Merge these into the transformer, instead of those that were; exact whichever were merged before."""
+        """Merge these into the transformer, instead of those that were; exact whichever were merged before. A
+        transformer whose weights were quantised is loaded anew."""
+        if self.speed.quantise is not None:
+            self._loaded.pop("transformer", None)
+            self._merged, self.loras = None, tuple(loras)
+            return
         if self._merged is not None:
             self._merged.undo()
             self._merged = None
@@ -92,13 +100,14 @@ class Networks:
         self.loras = tuple(loras)
 
     @contextmanager
-    def use(self, name: str, placement: str = "resident", on_cpu: bool = False) -> Iterator[Any]:
+    def use(self, name: str, placement: str = "resident", on_cpu: bool = False, resident: int = 0) -> Iterator[Any]:
         """A network, on the device while the block runs; with "resident" it stays there.
 
         With another placement those that stayed so far go first, and what the block was given is empty afterwards,
         whoever still holds it.
 
-        on_cpu: the network runs on the CPU all the same.
+        on_cpu: the network runs on the CPU all the same. resident: blocks of the transformer that stay on the device
+        with "blocks".
         """
         if placement == "resident":
             yield self._keep(name)
@@ -106,11 +115,11 @@ class Networks:
         self.release()
         device = torch.device("cpu") if on_cpu else self.device
         streamed = name == "transformer" and placement == "blocks"
-        network = self._load(name, torch.device("cpu") if streamed else device)
+        network = self._load(name, torch.device("cpu") if streamed else device if on_cpu else self._home(name))
         if name == "transformer" and self.loras:
             merge(network, self.loras)
-        if streamed:
-            network = _streamed(cast(DiT, network), device)
+        prepare(network, self.speed, device)
+        network = _streamed(cast(DiT, network), device, resident) if streamed else network.to(device)
         try:
             yield network
         finally:
@@ -120,15 +129,18 @@ class Networks:
 
     @contextmanager
     def use_controlled(
-        self, kinds: Sequence[str], placement: str = "resident"
+        self, kinds: Sequence[str], placement: str = "resident", resident: int = 0
     ) -> Iterator[tuple[DiT, dict[str, ControlBranch]]]:
         """The transformer as `use` gives it, and the control branches of these kinds beside it on the device."""
-        with self.use("transformer", placement) as transformer:
+        with self.use("transformer", placement, resident=resident) as transformer:
             names = {kind: f"control-{kind}" for kind in kinds}
             if placement == "resident":
                 yield transformer, {kind: cast(ControlBranch, self._keep(name)) for kind, name in names.items()}
                 return
-            branches = {kind: cast(ControlBranch, self._load(name, self.device)) for kind, name in names.items()}
+            branches = {kind: cast(ControlBranch, self._load(name, self._home(name))) for kind, name in names.items()}
+            for branch in branches.values():
+                prepare(branch, self.speed, self.device)
+                branch.to(self.device)
             try:
                 yield transformer, branches
             finally:
@@ -144,11 +156,19 @@ class Networks:
 
     def _keep(self, name: str) -> nn.Module:
         if name not in self._loaded:
-            network = self._load(name, self.device)
+            network = self._load(name, self._home(name))
             if name == "transformer" and self.loras:
-                self._merged = merge(network, self.loras)
+                merged = merge(network, self.loras)
+                self._merged = None if self.speed.quantise else merged
+            prepare(network, self.speed, self.device)
+            network.to(self.device)
             self._loaded[name] = network
         return self._loaded[name]
+
+    def _home(self, name: str) -> torch.device:
+        """Where a network is read to: what is quantised never is on a GPU with all its bytes."""
+        rounded = self.speed.quantise is not None and (name == "transformer" or name.startswith("control-"))
+        return torch.device("cpu") if rounded else self.device
 
     def _load(self, name: str, device: torch.device) -> nn.Module:
         dtype = self.vae_dtype if name == "vae" else self.dtype
@@ -160,9 +180,9 @@ class Networks:
             ) from error
 
 
-def _streamed(network: DiT, device: torch.device) -> DiT:
-    """The transformer with its blocks on the host and all else on the device."""
-    network.walk = StreamedBlocks(network.blocks, device)
+def _streamed(network: DiT, device: torch.device, resident: int) -> DiT:
+    """The transformer with all but `resident` blocks on the host and all else on the device."""
+    network.walk = StreamedBlocks(network.blocks, device, resident)
     for name, module in network.named_children():
         if name != "blocks":
             module.to(device)

@@ -14,14 +14,18 @@ otherwise one after the other.
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 
 from orrery.errors import InputError
 from orrery.nn.control import ActiveControl, ControlBranch, ControlConfig
 from orrery.nn.dit import Conditions, DiT, DiTConfig
+from orrery.nn.offload import device_bytes as blocks_on_device
+from orrery.nn.quantise import quantise
 from orrery.nn.rope import cached_rope_table
 from orrery.nn.text import PAD, TextConfig, TextEncoder, word_tokenizer
 from orrery.nn.vae import VAE, VAEConfig
@@ -41,24 +45,25 @@ PIXELS_AT_ONCE = 2**21  # decoded together: bounds the VAE's memory
 @dataclass(frozen=True)
 class Shape:
     """What is generated, as far as memory goes: pixels (H, W), frames drawn at once, given frames, texts (2 with
-    guidance), and the config of each control branch that acts on it."""
+    guidance), the config of each control branch that acts on it, and a way of `nn.quantise` for the weights, if any."""
 
     size: tuple[int, int]
     frames: int
     given: int = 0
     texts: int = 2
     controls: tuple[ControlConfig, ...] = ()
+    quantise: str | None = None
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes: weights of each network, and the peak of each stage beyond them."""
+    """Bytes: weights of each network, and the peak of each stage beyond them. streamed: of the transformer where its
+    blocks stay on the host, but for so many: 0, 1, ... all of them."""
 
     text: int
     text_peak: int
     transformer: int
-    block: int
-    blocks: int
+    streamed: tuple[int, ...]
     transformer_peak: int
     batch_peak: int
     vae: int
@@ -69,7 +74,7 @@ class Needs:
 @dataclass(frozen=True)
 class Plan:
     """Where everything goes. capacity: bytes of the device that may be used. peaks: bytes on the device in each stage.
-    fits: whether the largest of them is within the capacity."""
+    fits: whether the largest of them is within the capacity. resident: blocks that stay on the device with "blocks"."""
 
     placement: str
     text_on_cpu: bool
@@ -77,6 +82,7 @@ class Plan:
     side_by_side: bool
     capacity: float
     peaks: dict[str, int]
+    resident: int = 0
 
     @property
     def peak(self) -> int:
@@ -91,6 +97,7 @@ class Plan:
     def __str__(self) -> str:
         extras = ["text encoder on the CPU"] * self.text_on_cpu + ["VAE in tiles"] * self.tiled
         extras.append("guidance in one batch" if self.side_by_side else "guidance one by one")
+        extras += [f"{self.resident} blocks stay"] * bool(self.resident)
         return f"{self.placement}, {', '.join(extras)}; peak {self.peak / GIB:.1f} of {self.capacity / GIB:.1f} GiB"
 
 
@@ -133,9 +140,15 @@ def _placed(needs: Needs, shape: Shape, placement: str, capacity: float, cuda: b
     text_on_cpu = cuda and not resident and needs.text + needs.text_peak > capacity
     weights = 0 if text_on_cpu else needs.text
     others = weights + needs.transformer + needs.vae if resident else 0
-    transformer = needs.transformer
+    transformer, stay = needs.transformer, 0
     if placement == "blocks":
-        transformer -= max(0, needs.blocks - 2) * needs.block
+        # From all but two blocks on nothing is saved. One batch of guidance is worth more than blocks that stay: it
+        # halves how often the others come.
+        most = max(1, len(needs.streamed) - 3)
+        peaks_wanted = [needs.batch_peak] * (shape.texts == 2) + [needs.transformer_peak]
+        fitting = (n for peak in peaks_wanted for n in reversed(range(most)) if needs.streamed[n] + peak <= capacity)
+        stay = next(fitting, 0)
+        transformer = needs.streamed[stay]
     base = others or transformer
     side_by_side = shape.texts == 2 and base + needs.batch_peak <= capacity
     tiled = (others or needs.vae) + needs.vae_peak > capacity
@@ -144,7 +157,7 @@ def _placed(needs: Needs, shape: Shape, placement: str, capacity: float, cuda: b
         "transformer": base + (needs.batch_peak if side_by_side else needs.transformer_peak),
         "VAE": (others or needs.vae) + (needs.tile_peak if tiled else needs.vae_peak),
     }
-    return Plan(placement, text_on_cpu, tiled, side_by_side, capacity, peaks)
+    return Plan(placement, text_on_cpu, tiled, side_by_side, capacity, peaks, stay)
 
 
 def measure(config: ModelConfig, shape: Shape, dtype: torch.dtype, vae_dtype: torch.dtype) -> Needs:
@@ -158,27 +171,34 @@ def _measure(
 ) -> Needs:
     with torch.device("meta"):
         encoder = TextEncoder(dataclasses.replace(text, pad_token=PAD), word_tokenizer(["word"])).to(dtype)
-        network, autoencoder = DiT(transformer), VAE(vae).to(vae_dtype)
+        network, autoencoder = DiT(transformer).to(dtype), VAE(vae).to(vae_dtype)
         height, width = (side // autoencoder.spatial_factor for side in shape.size)
         size = ((shape.frames - 1) // autoencoder.temporal_factor + 1, height, width)
-        branches = [ControlBranch(transformer, control) for control in shape.controls]
+        branches = [ControlBranch(transformer, control).to(dtype) for control in shape.controls]
+        _round((network, *branches), shape.quantise)
         one, all_texts = (
-            _transformer_peak(transformer, text.length, size, dtype, shape.texts, batch, shape.controls)
-            for batch in (1, shape.texts)
+            _transformer_peak(transformer, text.length, size, dtype, shape, batch) for batch in (1, shape.texts)
         )
+        blocks = sum(parameter_bytes(block, dtype) for block in network.blocks)
         whole_peak, tile_peak = (_vae_peak(autoencoder, size, shape.given, vae_dtype, tiled) for tiled in (False, True))
+    weights = sum(parameter_bytes(each, dtype) for each in (network, *branches))
     return Needs(
         text=parameter_bytes(encoder, dtype),
         text_peak=_text_peak(text, dtype, shape.texts),
-        transformer=sum(parameter_bytes(each, dtype) for each in (network, *branches)),
-        block=parameter_bytes(network.blocks[0], dtype),
-        blocks=len(network.blocks),
+        transformer=weights,
+        streamed=tuple(weights - blocks + blocks_on_device(network.blocks, n) for n in range(transformer.depth + 1)),
         transformer_peak=one,
         batch_peak=all_texts,
         vae=parameter_bytes(autoencoder, vae_dtype),
         vae_peak=whole_peak,
         tile_peak=tile_peak,
     )
+
+
+def _round(networks: Sequence[DiT | ControlBranch], how: str | None, keep: Sequence[int] | None = None) -> None:
+    """Quantise the weights of all of them, where there is a way to."""
+    for network in networks if how is not None else ():
+        quantise(network, cast(str, how), keep=keep)
 
 
 def _text_peak(config: TextConfig, dtype: torch.dtype, texts: int) -> int:
@@ -193,24 +213,23 @@ def _transformer_peak(
     length: int,
     size: tuple[int, int, int],
     dtype: torch.dtype,
-    texts: int,
+    shape: Shape,
     batch: int,
-    controls: tuple[ControlConfig, ...] = (),
 ) -> int:
     """Of one step: the forward pass, all texts (their embeddings; their keys and values in all blocks, of a batch as
     they are and put together), and what the solver holds.
 
     The pass is measured with two blocks, or as many as control branches act on: more add nothing to its peak.
     """
+    controls, texts = shape.controls, shape.texts
     cached_rope_table.cache_clear()  # a table that an earlier measurement made would not be counted
     depth = min(config.depth, max([2, *(control.blocks for control in controls)]))
     small = dataclasses.replace(config, depth=depth)
     network = DiT(small).to(dtype)
     signal = torch.empty(1, config.latent_channels, *size)
-    active = [
-        ActiveControl(ControlBranch(small, dataclasses.replace(control, every=1)).to(dtype), signal)
-        for control in controls
-    ]
+    branches = [ControlBranch(small, dataclasses.replace(control, every=1)).to(dtype) for control in controls]
+    _round((network, *branches), shape.quantise, keep=())  # a weight is whole again while it is used
+    active = [ActiveControl(branch, signal) for branch in branches]
     latents = torch.empty(batch, config.latent_channels, *size)
     text = torch.empty(batch, length, config.text_width, dtype=dtype)
     conditions = Conditions(network.encode_text(text), torch.empty(1, 1, *size), controls=active)

@@ -22,6 +22,7 @@ from orrery.nn.conditions import Control
 from orrery.nn.control import ActiveControl, ControlBranch
 from orrery.video import Video
 from orrery.world.plan import Plan
+from orrery.world.speed import Spent
 from orrery.world.transfer_request import TransferRequest
 
 if TYPE_CHECKING:
@@ -52,20 +53,23 @@ class Edit:
     sigma: float | None = None
     exact_times: bool = False
 
+    def shortened(self, schedule: Schedule) -> Schedule:
+        """The part of a schedule that is walked."""
+        return schedule if self.sigma is None else start_at(schedule, self.sigma, self.exact_times)
+
     def begin(
         self, velocity: Velocity, schedule: Schedule, given: FrameCondition, noise: Tensor
-    ) -> tuple[Velocity, Schedule, Tensor]:
-        """The velocity field, schedule and starting latents of this edit."""
+    ) -> tuple[Velocity, Tensor]:
+        """The velocity field and starting latents of this edit, on its own (`shortened`) schedule."""
         if self.known is None:
-            return velocity, schedule, noise
+            return velocity, noise
         x = noise
         if self.sigma is not None:
-            schedule = start_at(schedule, self.sigma, self.exact_times)
             level = float(schedule.sigmas[0])
             x = (1 - level) * given.replace(self.known) + level * noise
         if self.hold is not None:
             velocity = held(velocity, schedule, self.known, noise, self.hold, self.hold_until)
-        return velocity, schedule, x
+        return velocity, x
 
 
 def pad_frames(frames: np.ndarray, count: int) -> np.ndarray:
@@ -154,6 +158,7 @@ def run_transfer(world: "World", request: TransferRequest, progress: "Progress |
     base = request.base
     plan = world.plan(base.size, request.chunk, request.chunk, base.guidance > 0, request.kinds)
     world._tell(plan)
+    world.spent = Spent()
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         if base.handover == "frames":
             frames = _chained_frames(world, request, plan, progress)
@@ -175,7 +180,7 @@ def _latents(world: "World", request: TransferRequest, plan: Plan, progress: "Pr
     embeddings, images = world._embed(request.base, plan), _reference(world, request, plan)
     known = world._known(request.base, plan)
     latents = known[:, :, :0]
-    with world.model.use_controlled(request.kinds, plan.placement) as (transformer, branches):
+    with world.model.use_controlled(request.kinds, plan.placement, plan.resident) as (transformer, branches):
         texts = [transformer.encode_text(t.to(world.device), i) for t, i in zip(embeddings, images, strict=False)]
         for index in range(layout.chunks):
             edit = _cut(whole_piece, layout.part(index)).edit(request, branches)
@@ -195,7 +200,7 @@ def _chained_frames(world: "World", request: TransferRequest, plan: Plan, progre
     known, pieces = nothing, []
     for index in range(layout.chunks):
         piece = _piece(world, request, plan, index * (length - again), length)
-        with world.model.use_controlled(request.kinds, plan.placement) as (transformer, branches):
+        with world.model.use_controlled(request.kinds, plan.placement, plan.resident) as (transformer, branches):
             texts = [transformer.encode_text(t.to(world.device), i) for t, i in zip(embeddings, images, strict=False)]
             report, edit = world._offset(progress, index, layout.chunks), piece.edit(request, branches)
             chunk = world._chunk(transformer, request.base, plan, index, layout.native, known, texts, report, edit)

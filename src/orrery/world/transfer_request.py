@@ -141,6 +141,8 @@ def _base(world: "World", prompt: str, length: int, *, overlap: int, handover: s
     factor = world.factors.temporal
     frames = -(-(length - 1) // factor) * factor + 1
     config, reader, name = world.config, world.model.reader, world.name
+    if options.get("steps") is None:
+        options["steps"] = world.speed.steps_of(config)
     base = settle(
         config, reader, name, prompt, None, frames=frames, overlap=max(overlap, 1), handover=handover, **options
     )

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orrery.errors import note
+from orrery.errors import InputError, note
 from orrery.flow import (
     FrameCondition,
     Schedule,
+    StepCache,
     distilled_schedule,
+    guidance_jumps,
     guided_velocity,
     karras_schedule,
     numpy_noise,
@@ -26,11 +28,13 @@ from orrery.flow import (
     shift_schedule,
     side_by_side,
     solve,
+    watched,
 )
 from orrery.nn.dit import Conditions, DiT, TextContext
+from orrery.nn.preview import Preview
 from orrery.nn.vae_tiling import decode_tiled, encode_tiled
 from orrery.video import Video
-from orrery.weights import Lora, Sampling, find_model, model_hash, read_lora
+from orrery.weights import Lora, Sampling, find_model, load_preview, model_hash, read_lora
 from orrery.weights.branches import Controls
 from orrery.weights.sources import transformer_shapes
 from orrery.world.devices import DTYPES, pick_device, pick_dtype
@@ -38,10 +42,15 @@ from orrery.world.networks import Embeddings, Networks
 from orrery.world.plan import SMALL, Plan, Shape, device_bytes, encoded_at_once, latents_at_once, make_plan
 from orrery.world.request import GIVEN_LATENTS, Factors, Request, Start, settle
 from orrery.world.rollout import run_rollout
+from orrery.world.speed import Speed, Spent, attention_kernel, speed_of
 from orrery.world.transfer import Edit, Transferred, run_transfer
 from orrery.world.transfer_request import Signal, TransferRequest, settle_transfer
 
 Progress = Callable[[int, int], None]
+
+
+Show = Callable[[int, int, Video], None]
+Watch = Callable[[int, int, Tensor], None]  # step, from 0; steps in all; latents [1, C, T, H, W] that it leads to
 
 
 def load(
@@ -58,6 +67,7 @@ def load(
     image: str | os.PathLike[str] | None = None,
     placement: str | None = None,
     embeddings: str | os.PathLike[str] | None = None,
+    speed: Speed | str | None = None,
 ) -> "World":
     """A World from anything that holds a model.
 
@@ -76,6 +86,8 @@ def load(
         image: take the encoder of reference images from this folder.
         placement: "resident", "stages" or "blocks" instead of what the plan chooses (see `orrery plan`).
         embeddings: a folder that keeps text embeddings, so that a prompt is encoded once.
+        speed: how it is made faster: "exact" (default), "balanced" or "fast", with what is to be different after it,
+            such as "fast compile cache=0.02"; or a `Speed`, which says what there is. `dtype` goes before its dtype.
 
     Raises:
         InputError: an unknown name, a folder that is no model, weights that do not fit their config, a device that
@@ -84,12 +96,13 @@ def load(
     options: dict[str, Any] = dict(vae=vae, text=text, like=like, conventions=conventions, controls=controls)
     files = find_model(name_or_path, image=image, **options)
     where = pick_device(device)
-    numbers = pick_dtype(dtype, files, where)
+    speed = speed_of(speed, files.config, where)
+    numbers = pick_dtype(speed.dtype if dtype is None else dtype, files, where)
     vae_dtype = DTYPES[files.config.vae_dtype] if where.type == "cuda" else torch.float32
     shapes = transformer_shapes(files.config.transformer) if loras else {}
     pairs = [each if isinstance(each, tuple) else (each, 1.0) for each in loras]
     adapters = [read_lora(path, shapes, scale) for path, scale in pairs]
-    networks = Networks(files, where, numbers, vae_dtype, adapters)
+    networks = Networks(files, where, numbers, vae_dtype, adapters, speed)
     world = World(networks, name=str(name_or_path), placement=placement, embeddings=embeddings)
     if world.plan(files.config.resolution, files.config.frames).placement == "resident":
         networks.load_all()
@@ -113,11 +126,13 @@ class World:
     ) -> None:
         self.model, self.name, self.placement = networks, name, placement
         self.files, self.config = networks.files, networks.config
-        self.device, self.dtype = networks.device, networks.dtype
+        self.device, self.dtype, self.speed = networks.device, networks.dtype, networks.speed
         self.embeddings = None if embeddings is None else Embeddings(embeddings, networks)
         self.factors = Factors.of(self.config)
         self._prepared: dict[str, Tensor] = {}
         self._told = ""
+        self.spent = Spent()
+        self._preview: Preview | None = None
 
     def __repr__(self) -> str:
         height, width = self.config.resolution
@@ -165,10 +180,10 @@ class World:
         resident without further ado."""
         width = self.config.transformer.width * self.config.transformer.depth
         if self.placement is None and width * self.config.transformer.width * 48 < SMALL:
-            return Plan("resident", False, False, False, math.inf, {"all": 0})
+            return Plan("resident", False, False, guidance, math.inf, {"all": 0})
         drawn = frames if self.config.any_length and frames < self.config.frames else self.config.frames
         branches = tuple(self.config.controls[kind] for kind in controls)
-        shape = Shape(size, drawn, given, 2 if guidance else 1, branches)
+        shape = Shape(size, drawn, given, 2 if guidance else 1, branches, self.speed.quantise)
         memory, cuda = device_bytes(self.device), self.device.type == "cuda"
         return make_plan(self.config, shape, memory, self.dtype, self.model.vae_dtype, cuda, self.placement)
 
@@ -189,6 +204,7 @@ class World:
         overlap: int = GIVEN_LATENTS,
         handover: str = "latents",
         progress: Progress | None = None,
+        show: Show | None = None,
     ) -> Video:
         """Simulate what happens.
 
@@ -205,6 +221,8 @@ class World:
             overlap, handover: of a long video, how many latents (1 or 2) a chunk hands to the next, and whether they
                 stay latents or are decoded and encoded again ("frames", as the official code does).
             progress: called as progress(steps done, steps in all).
+            show: called as show(steps done, steps in all, Video) with a rough look at where each step leads to, by the
+                model's preview decoder, or by the one of `use_preview`.
 
         Returns:
             The video, at the model's frame rate.
@@ -227,7 +245,7 @@ class World:
             overlap=overlap,
             handover=handover,
         )
-        return self.run(request, progress)
+        return self.run(request, progress, show)
 
     def request(
         self,
@@ -243,6 +261,8 @@ class World:
     ) -> Request:
         """Check and settle the arguments of `generate`, without generating. Warns about words the model cannot read,
         and about what it was not trained for."""
+        if sampling.get("steps") is None:
+            sampling["steps"] = self.speed.steps_of(self.config)
         return settle(
             self.config,
             self.model.reader,
@@ -257,14 +277,42 @@ class World:
             **sampling,
         )
 
-    def run(self, request: Request, progress: Progress | None = None) -> Video:
-        """Generate what `request` settled."""
+    def run(self, request: Request, progress: Progress | None = None, show: Show | None = None) -> Video:
+        """Generate what `request` settled; show: see `generate`."""
         plan = self._plan_of(request)
         self._tell(plan)
+        self.spent = Spent()
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             if request.handover == "frames":
-                return self._chained_frames(request, plan, progress)
-            return self._decode(self._latents(request, plan, progress), plan)
+                return self._chained_frames(request, plan, progress, show)
+            return self._decode(self._latents(request, plan, progress, show), plan)
+
+    def use_preview(self, path: str | os.PathLike[str] | None = None) -> Preview:
+        """Read the decoder of previews: a file (ours, or TAEW2.1 of TAEHV for the Wan 2.1 VAE), or the model's own.
+
+        Raises:
+            InputError: a file that is none, or made for another VAE; a model without one.
+        """
+        network = load_preview(self.files, path, self.device, self.model.vae_dtype)
+        if network is None:
+            raise InputError(
+                f"{self.name} has no preview decoder; for the VAE of Wan 2.1 there is taew2_1.pth of madebyollin/taehv"
+            )
+        self._preview = network
+        return network
+
+    def _shown(self, show: Show | None, index: int, chunks: int) -> Watch | None:
+        """`show` for the latents of one chunk, through the preview decoder."""
+        if show is None:
+            return None
+        network = self._preview or self.use_preview()
+
+        def watch(step: int, steps: int, x0: Tensor) -> None:
+            pieces = network.decode_stream(x0.to(self.model.vae_dtype))
+            frames = np.concatenate([Video.from_tensor(piece, self.config.fps).frames for piece in pieces])
+            show(index * steps + step + 1, chunks * steps, Video(frames, self.config.fps))
+
+        return watch
 
     def transfer(
         self,
@@ -356,7 +404,7 @@ class World:
         kind = distilled_schedule if sampling.schedule == "distilled" else shift_schedule
         return kind(sampling.steps, sampling.shift, exact_times=sampling.exact_times)
 
-    def _latents(self, request: Request, plan: Plan, progress: Progress | None) -> Tensor:
+    def _latents(self, request: Request, plan: Plan, progress: Progress | None, show: Show | None = None) -> Tensor:
         """Normalised latents [1, C, T, H, W] of the whole video, chunk after chunk."""
         total = self._latent_frames(request.frames)
         native = self._drawn(total)
@@ -365,16 +413,19 @@ class World:
         embeddings = self._embed(request, plan)
         known = self._known(request, plan)
         latents = known[:, :, :0]
-        with self.model.use("transformer", plan.placement) as transformer:
+        with self.model.use("transformer", plan.placement, resident=plan.resident) as transformer:
             texts = [transformer.encode_text(text.to(self.device)) for text in embeddings]
             for index in range(chunks):
                 report = self._offset(progress, index, chunks)
-                chunk = self._chunk(transformer, request, plan, index, native, known, texts, report)
+                watch = self._shown(show, index, chunks)
+                chunk = self._chunk(transformer, request, plan, index, native, known, texts, report, show=watch)
                 latents = torch.cat([latents, chunk[:, :, overlap:] if index else chunk], dim=2)
                 known = chunk[:, :, -overlap:] if overlap else known
         return latents[:, :, :total]
 
-    def _chained_frames(self, request: Request, plan: Plan, progress: Progress | None) -> Video:
+    def _chained_frames(
+        self, request: Request, plan: Plan, progress: Progress | None, show: Show | None = None
+    ) -> Video:
         """A long video chained as the official code does it: each chunk is decoded, rounded to uint8, and its last
         frames are encoded again as the given frames of the next (specification, section 4.7)."""
         total = self._latent_frames(request.frames)
@@ -385,10 +436,11 @@ class World:
         embeddings = self._embed(request, plan)
         known, pieces = self._known(request, plan), []
         for index in range(chunks):
-            with self.model.use("transformer", plan.placement) as transformer:
+            with self.model.use("transformer", plan.placement, resident=plan.resident) as transformer:
                 texts = [transformer.encode_text(text.to(self.device)) for text in embeddings]
                 report = self._offset(progress, index, chunks)
-                chunk = self._chunk(transformer, request, plan, index, native, known, texts, report)
+                watch = self._shown(show, index, chunks)
+                chunk = self._chunk(transformer, request, plan, index, native, known, texts, report, show=watch)
             del texts
             video = self._decode(chunk, plan)
             pieces.append(video.frames[again if index else 0 :])
@@ -457,24 +509,38 @@ class World:
         texts: list[TextContext],
         report: Callable[[int, int, Tensor], None],
         edit: Edit | None = None,
+        show: Watch | None = None,
     ) -> Tensor:
         """`native` frames of latents [1, C, T, H, W] from the noise of chunk `index`; the first ones are `known`.
-        edit: what acts on them beside the text."""
+        edit: what acts on them beside the text. show: is told after each step where it leads to."""
         count, sampling = known.shape[2], request.sampling
         shape = (1, known.shape[1], native, *known.shape[3:])
         noise = numpy_noise((request.seed + index) % 2**32, shape).to(self.device)
         latents = torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2)
         given = FrameCondition(latents, count, sampling.conditional_timestep)
-        told = [TextContext.batched(texts)] if plan.side_by_side and len(texts) == 2 else texts
         controls = () if edit is None else edit.controls
+        told = [*texts, TextContext.batched(texts)] if plan.side_by_side and len(texts) == 2 else texts
         conditions = [Conditions(text, frame_mask=given.mask, controls=controls) for text in told]
         networks = [lambda x, times, told=each: transformer(x, times, told) for each in conditions]
-        predict = one_by_one(networks) if len(told) == len(texts) else side_by_side(networks[0], len(texts))
-        velocity = guided_velocity(predict, given, noise, sampling.guidance)
-        schedule, x = self._schedule(sampling), noise
+        if len(told) > len(texts):
+            predict = side_by_side(networks[-1], len(texts), first=networks[0])
+        else:
+            predict = one_by_one(networks)
+        schedule = self._schedule(sampling)
         if edit is not None:
-            velocity, schedule, x = edit.begin(velocity, schedule, given, noise)
-        return solve(velocity, x, schedule, sampling.solver, report)
+            schedule = edit.shortened(schedule)
+        interval = self.speed.guidance_interval
+        velocity = guided_velocity(predict, given, noise, sampling.guidance, interval)
+        budget = 0.0 if sampling.solver == "renoise" else self.speed.cache  # a distilled model's steps are no line
+        cache = StepCache(velocity, schedule, budget, guidance_jumps(schedule, interval) if len(texts) == 2 else ())
+        velocity, x = (cache, noise) if edit is None else edit.begin(cache, schedule, given, noise)
+        if show is not None:
+            velocity = watched(velocity, schedule, lambda step, x0: show(step, len(schedule), x0))
+        tokens = math.prod(side // step for side, step in zip(shape[2:], self.factors.patch, strict=True))
+        with attention_kernel(self.speed, transformer, len(texts) if plan.side_by_side else 1, tokens, self.device):
+            latents = solve(velocity, x, schedule, sampling.solver, report)
+        self.spent.add(cache.evaluations, cache.skipped, cache.estimated_error)
+        return latents
 
     @staticmethod
     def _offset(progress: Progress | None, index: int, chunks: int) -> Callable[[int, int, Tensor], None]:
