@@ -52,7 +52,7 @@ def machine() -> dict[str, Any]:
     if (info := Path("/proc/cpuinfo")).is_file():
         named = (line for line in info.read_text().splitlines() if line.startswith("model name"))
         cpu = next(named, f":{cpu}").split(":", 1)[1].strip()
-    about = {"cpu": cpu, "cores": os.cpu_count(), "gpu": None, "threads": torch.get_num_threads()}
+    about: dict[str, Any] = {"cpu": cpu, "cores": os.cpu_count(), "gpu": None, "threads": torch.get_num_threads()}
     with suppress(ValueError, OSError):
         about["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     if torch.cuda.is_available():
@@ -235,18 +235,21 @@ def _best(function: Callable[[], Any], calls: int, rounds: int, clock: Clock = t
     return min(timed(several, clock) for _ in range(rounds)) / calls
 
 
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attention_flop(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of attention, in full, from the shapes [B, heads, N, dim]."""
+    batch, heads, queries, dim = query
+    return 2 * batch * heads * queries * key[2] * (dim + value[3])
+
+
 def counted(function: Callable[[], Any]) -> tuple[float, Any]:
     """TFLOP of one call, counted by torch (FlopCounterMode) with the CPU's attention, which it leaves out; the result.
 
     Two operations a multiplication with addition; elementwise operations are not counted.
     """
-
-    def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-        batch, heads, queries, dim = query
-        return 2 * batch * heads * queries * key[2] * (dim + value[3])
-
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={operator: attention}) as counter:
+    with FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention_flop}) as counter:
         result = function()
     return counter.get_total_flops() / 1e12, result
 
@@ -401,6 +404,11 @@ def fill(module: nn.Module, weight: Callable[[str, Tensor], None], device: str |
     module.to_empty(device=device).eval().requires_grad_(False)
     for name, tensor in module.named_parameters():
         weight(name, tensor)
+
+
+def draw_linear(name: str, weight: Tensor) -> None:
+    """Weights with which a linear layer keeps the size of what it is given; for `fill`."""
+    nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
 
 def random_dit(config: DiTConfig, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> DiT:

@@ -53,6 +53,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from orrery.errors import InputError, OrreryError, one_line
 from orrery.nn.dit import Conditions, DiT, DiTConfig
 from orrery.nn.rope import cached_rope_table
+from orrery.world.speed import Speed, check_compiler, prepare
 
 TIMES = {"per-frame": "a time for each latent frame", "shared": "one time for all frames"}
 _LARGE = {"preset": "2b", "size": (704, 1280), "frames": 93, "dtype": "bfloat16", "repeats": 3}
@@ -61,7 +62,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": _LARGE | {"times": ["per-frame"]},
     "meta": _LARGE | {"times": [*TIMES]},
 }
-OURS, CACHED, THEIRS = "ours", "ours, text cached", "diffusers"
+OURS, CACHED, COMPILED, THEIRS = "ours", "ours, text cached", "ours, text cached, compiled", "diffusers"
 GIVEN = 2  # latent frames that are given, as in Video2World
 TRIAL_BLOCKS = 2
 REFERENCE_FRAMES = 17  # of the comparison with float32
@@ -84,7 +85,8 @@ COUNTED = (
     "`TFLOP`: counted by torch, two operations a multiplication with addition, attention in full. `traced`: peak "
     "memory beyond weights and inputs, counted on the meta device, where a fused attention kernel needs nothing but "
     "its output (of diffusers with its default attention). `text cached`: the text's keys and values of all blocks "
-    "are there before, as in sampling; the other rows project the text anew, as diffusers does at every step. A time "
+    "are there before, as in sampling; the other rows project the text anew, as diffusers does at every step. "
+    "`compiled`: its blocks through torch.compile, which took the seconds given below the table. A time "
     "for each latent frame: diffusers modulates token by token, which is arithmetic and memory that ours does not "
     "need."
 )
@@ -184,6 +186,16 @@ def formula(config: DiTConfig, options: argparse.Namespace, times: str, batch: i
     rest = tokens * width * volume * (config.input_channels + config.latent_channels) + moments * 4 * width**2
     rest += modulated * (width * rank + rank * 2 * width)
     return 2 * batch * (config.depth * block + rest + (0 if name == CACHED else text)) / 1e12
+
+
+def compiled(ours: DiT) -> DiT:
+    """Another network with the same weights in memory, its blocks compiled anew."""
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        net = DiT(ours.config).eval().requires_grad_(False)
+    net.load_state_dict(ours.state_dict(), assign=True)
+    prepare(net, Speed(compile=True), torch.device(next(ours.parameters()).device))
+    return net
 
 
 def traced(options: argparse.Namespace, times: str, batch: int, name: str) -> int | None:
@@ -317,17 +329,23 @@ def group(
                 return run()
 
         functions[f"{CACHED}, {best}"] = faster
-    work, outputs = {}, {}
+    if options.compile:
+        functions[COMPILED] = contenders(compiled(ours), None, options, times, batch)[CACHED]
+    work, outputs, notes = {}, {}, []
     for name, function in functions.items():  # also the warm-up
         try:
-            work[name], output = counted(function)
+            if name == COMPILED:  # the counter does not look into it
+                began = time.perf_counter()
+                work[name], output = work[CACHED], function()
+                notes.append(f"torch.compile, {time.perf_counter() - began:.3g} s were taken by the first forward")
+            else:
+                work[name], output = counted(function)
             outputs[name] = output.float().cpu()
         except torch.OutOfMemoryError:
             print(f"{name}, batch of {batch}: does not fit into this GPU's memory and is left out", flush=True)
             torch.cuda.empty_cache()
     fitting = {name: functions[name] for name in work}
     quiet = 0.1 if options.kind == "cpu" and not options.cpu_seconds else None
-    notes: list[str] = []
     seconds = paired(fitting, options.repeats, 0, quiet, notes.append, options.clock)
     rows: dict[str, dict[str, Any]] = {}
     for name in work:
@@ -500,6 +518,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
         default = "" if times == "shared" else "; the default on a GPU, both elsewhere"
         parser.add_argument(f"--{times}-times", dest="times", action="append_const", const=times, help=what + default)
     parser.add_argument("--no-diffusers", dest="diffusers", action="store_false")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, on a CPU that others use too")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # print the peak memory of one case and stop
@@ -536,6 +555,12 @@ def main() -> int:
         print(json.dumps(memory_of(options.memory, options)))
         return 0
     options.diffusers = options.diffusers and installed("diffusers")
+    if options.compile and options.kind != "meta":
+        try:
+            check_compiler(torch.device(options.device))
+        except InputError as problem:
+            print(f"{problem}: the compiled rows are left out", file=sys.stderr)
+            options.compile = False
     made = provenance(*["diffusers"] * options.diffusers)
     before = load_average()
     meta = options.kind == "meta"

@@ -1,7 +1,8 @@
 """Time, memory and seams of the Wan 2.1 VAE: `python benchmarks/vae.py [--device cuda]`.
 
 Encoding and decoding with random weights, beside diffusers' AutoencoderKLWan with the same weights in the same run:
-whole clips, streamed and tile by tile. The arithmetic is counted by torch and set against the best matrix product of
+whole clips, streamed and tile by tile; on a CPU in float32 also as written, without the rearranged convolutions that
+are chosen there (`orrery.nn.winograd`). The arithmetic is counted by torch and set against the best matrix product of
 this machine. Also: does the memory of a stream grow with the clip, and what do the seams of tiles cost (with the random
 weights, and with orrery-mini's trained VAE). Writes results/vae_MACHINE.json and .md.
 """
@@ -39,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import orrery
 from orrery.errors import InputError, OrreryError
+from orrery.nn import winograd
 from orrery.nn.vae import PRESETS, VAE, VAEConfig
 from orrery.nn.vae_tiling import decode_tiled, encode_tiled
 
@@ -49,11 +51,17 @@ DEFAULTS = {
     "cuda": {"dtype": "bfloat16", "size": (704, 1280), "frames": 93, "tile": (48, 48), "overlap": 8},
 }
 STREAMED, WHOLE, TILED, THEIRS = "ours, streamed", "ours, whole clip", "ours, tiled", "diffusers"
+DIRECT = "ours, streamed, direct convolutions"
 LEGEND = (
     "`s`: median of the runs. `speed`: diffusers' time over this time, median over interleaved pairs. `TFLOP`: counted "
     "by torch (FlopCounterMode). `of ceiling`: TFLOP/s over those of the best square matrix product in the same run "
     "and dtype. `peak`: memory beyond weights and input. `difference`: largest from diffusers' output (decoded frames "
     "clamped to [-1, 1], latents normalised). Streams take 1 latent at a time, as diffusers does; tiles too."
+)
+REARRANGED = (
+    "On a CPU in float32 our wide 3x3 convolutions are Winograd's F(4x4, 3x3), and those after a doubling of pixels "
+    "are four 2x2 ones: fewer products, equal but for rounding. TFLOP are those that are left, transforms included; "
+    "the row of direct convolutions is the same network without."
 )
 MEMORY = {
     "cpu": "Memory is the growth of resident memory in a process of its own, one run, looked at every millisecond.",
@@ -101,7 +109,12 @@ def contenders(ours: VAE, theirs: Any, options: argparse.Namespace) -> dict[str,
     frames, latents = inputs(options)
     raw = ours.denormalise(latents)
     tiling = (options.tile, options.overlap)
-    return {
+
+    def direct(function: Callable[[], Tensor]) -> Tensor:
+        with winograd.disabled():
+            return function()
+
+    made: dict[str, Contenders] = {
         "encode": {
             STREAMED: lambda: ours.encode(frames, chunk=4),
             WHOLE: lambda: ours.encode(frames),
@@ -115,10 +128,20 @@ def contenders(ours: VAE, theirs: Any, options: argparse.Namespace) -> dict[str,
             THEIRS: lambda: theirs.decode(raw, return_dict=False)[0],
         },
     }
+    if rearranges(options):
+        for functions in made.values():
+            functions[DIRECT] = lambda streamed=functions[STREAMED]: direct(streamed)  # type: ignore[misc]
+    return made
 
 
-def streams(ours: VAE, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Encoding and decoding of which nothing is kept, at two lengths: "encode/9 frames" and so on."""
+def rearranges(options: argparse.Namespace) -> bool:
+    """Whether convolutions are computed with fewer products: on a CPU in float32."""
+    return torch.device(options.device).type == "cpu" and options.dtype == "float32"
+
+
+def streams(ours: VAE, theirs: Any, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Encoding and decoding of which nothing is kept, at two lengths ("encode/9"), and, unless `theirs` is None, that
+    of diffusers ("encode, diffusers/9"), which takes and gives whole clips."""
 
     def drain(pieces: Iterator[Tensor]) -> None:
         for _ in pieces:
@@ -131,11 +154,15 @@ def streams(ours: VAE, options: argparse.Namespace) -> dict[str, Callable[[], No
 
     frames, latents = inputs(options)
     later = frames[:, :, 1:5]
-    made: dict[str, Callable[[], None]] = {}
+    made: dict[str, Callable[[], Any]] = {}
     for count in lengths(options):
         long = latents[:, :, :1].expand(-1, -1, (count - 1) // 4 + 1, -1, -1)
         made[f"encode/{count}"] = lambda count=count: drain(ours.encode_stream(clip(count)))  # type: ignore[misc]
         made[f"decode/{count}"] = lambda long=long: drain(ours.decode_stream(long))  # type: ignore[misc]
+        if theirs is not None:
+            given = torch.cat([frames, frames[:, :, 1:]], dim=2)[:, :, :count]
+            made[f"encode, {THEIRS}/{count}"] = lambda given=given: theirs.encode(given)  # type: ignore[misc]
+            made[f"decode, {THEIRS}/{count}"] = lambda long=long: theirs.decode(long)  # type: ignore[misc]
     return made
 
 
@@ -147,9 +174,9 @@ def lengths(options: argparse.Namespace) -> tuple[int, int]:
 def memory_of(case: str, options: argparse.Namespace) -> int:
     """Peak bytes of one case, "decode/ours, tiled" or "decode/17", in this process."""
     task, name = case.split("/")
-    ours, theirs = build(options, theirs=name == THEIRS)
+    ours, theirs = build(options, theirs=THEIRS in case)
     with torch.no_grad():
-        function = contenders(ours, theirs, options)[task].get(name) or streams(ours, options)[case]
+        function = contenders(ours, theirs, options).get(task, {}).get(name) or streams(ours, theirs, options)[case]
         return peak_memory(function, options.device)
 
 
@@ -237,7 +264,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             apart = {TILED: tiled(ours, inputs(options)[task == "decode"], options.tile, 0).float().cpu()}
             apart = apart if task == "encode" else comparable(task, apart, ours)
             result["seams"][task]["0"] = error(apart[TILED], outputs[STREAMED])
-    result["streams"] = {case: memory(case, function, options) for case, function in streams(ours, options).items()}
+    clips = streams(ours, theirs, options)
+    result["streams"] = {case: memory(case, function, options) for case, function in clips.items()}
     ceilings.append(matmul_ceiling(options.device, dtype, clock=clock))
     result |= {"matmul_tflops": max(ceilings), "copy_gbs": copy_ceiling(options.device, clock=clock)}
     for task in groups:
@@ -292,6 +320,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{about['dtype']}; {about['repeats']} interleaved runs; tiles of {tile} latents, overlap {about['overlap']}. "
         f"This machine multiplies matrices at {result['matmul_tflops']:.3g} TFLOP/s and copies at "
         f"{result['copy_gbs']:.3g} GB/s. {LEGEND} {result['memory_is']}",
+        *[f"\n{REARRANGED}"] * (DIRECT in result["decode"]),
         *["\nSeconds are CPU seconds of one thread: others used this machine too."] * about["cpu_seconds"],
         *(f"\nRounds: {note}." for note in result["notes"]),
     ]
@@ -304,9 +333,10 @@ def markdown(result: dict[str, Any]) -> str:
             cells += [f"{row[key]:.3g}" for key in ("tflop", "tflops")]
             cells += [f"{row['of_ceiling']:.0%}", f"{row['peak'] / 2**30:.3g}", f"{row['difference']['max']:.1e}"]
             lines.append(_line(cells + ([f"{row['to_float32']['rms']:.1e}"] if exact else [])))
-    lines += ["", "## Memory of a stream", "", "Pieces are dropped as they come.", ""]
+    lines += ["", "## Memory of a stream", ""]
+    lines += ["Our pieces are dropped as they come; diffusers takes and gives whole clips.", ""]
     lines += [_line(["", "frames", "peak MiB"]), _line(["---"] * 3)]
-    for case, peak in result["streams"].items():
+    for case, peak in sorted(result["streams"].items(), key=lambda item: item[0].split("/")[0]):
         task, count = case.split("/")
         lines.append(_line([task, count, f"{peak / 2**20:.0f}"]))
     lines += ["", "## Seams", "", SEAMS, ""]

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from orrery.nn import vae_blocks, winograd
 from orrery.nn.vae import PRESETS, VAE, VAEConfig
-from orrery.nn.vae_blocks import CausalConv3d, ChannelNorm
+from orrery.nn.vae_blocks import CausalConv3d, ChannelNorm, convolve_doubled
 
 SMALL = {
     "wan2.1": VAEConfig(base=8, latent_channels=4, latent_mean=(0.5, 0.0, -1.0, 2.0), latent_std=(1.0, 2.0, 0.5, 3.0)),
@@ -259,6 +261,69 @@ def test_convolution_equals_padded_conv3d(kernel):
     torch.testing.assert_close(conv(x[:1]), expected[:1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("frames", "batch", "size"), [(1, 1, (1, 1)), (2, 2, (3, 5)), (3, 1, (4, 2))])
+@torch.no_grad()
+def test_convolution_of_doubled_pixels(frames, batch, size):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(frames, batch, *size, 5), torch.randn(7, 5, 3, 3) / 7, torch.randn(7)
+    big = x.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(0, 1).permute(0, 3, 1, 2)
+    for given in (bias, None):
+        expected = F.conv2d(big.double(), weight.double(), None if given is None else given.double(), padding=1)
+        actual = convolve_doubled(x, weight, given)
+        assert actual.is_contiguous() and actual.shape == (frames, batch, 2 * size[0], 2 * size[1], 7)
+        assert (actual.flatten(0, 1).permute(0, 3, 1, 2) - expected).abs().amax() < 3e-6
+
+
+@every_config
+@torch.no_grad()
+def test_rearranged_convolutions_change_rounding_only(name, monkeypatch):
+    # Small widths take the direct path by themselves; here every 3x3 convolution is rearranged.
+    monkeypatch.setattr(winograd, "CHANNELS", 1)
+    monkeypatch.setattr(winograd, "CHANNELS_OF_AN_IMAGE", 1)
+    monkeypatch.setattr(winograd, "PIXELS", 1)
+    monkeypatch.setattr(winograd, "WASTE", 100.0)
+    calls = []
+    convolve = winograd.convolve
+    monkeypatch.setattr(winograd, "convolve", lambda *given: calls.append(len(given[0])) or convolve(*given))
+    vae = build(name)
+    frames = clip(vae, 9, batch=2)
+    with winograd.disabled():
+        latents = vae.encode(frames)
+        decoded = vae.decode(latents)
+    assert not calls
+    scale = max(1.0, decoded.abs().amax().item())
+    for chunk in (None, 4, 8):
+        torch.testing.assert_close(vae.encode(frames, chunk), latents, atol=3e-5, rtol=0)
+    for chunk in (None, 1, 2):
+        torch.testing.assert_close(vae.decode(latents, chunk) / scale, decoded / scale, atol=3e-5, rtol=0)
+    assert len(calls) > 20
+    expected = vae.moments(frames)[0]  # gradients are off: rearranged as well
+    calls.clear()
+    with torch.enable_grad():
+        torch.testing.assert_close(vae.moments(frames)[0], expected, atol=1e-4, rtol=0)
+    assert not calls
+
+
+@torch.no_grad()
+def test_wide_levels_are_rearranged_by_default(monkeypatch):
+    torch.manual_seed(0)
+    conv = CausalConv3d(96, 96, (3, 3, 3))
+    monkeypatch.setattr(winograd, "convolve", lambda *given: "rearranged")
+    assert conv(torch.zeros(2, 1, 32, 32, 96)) == "rearranged"
+    assert isinstance(conv(torch.zeros(2, 1, 8, 8, 96)), torch.Tensor)
+
+
+@torch.no_grad()
+def test_norm_in_pieces(monkeypatch):
+    torch.manual_seed(0)
+    norm, x = ChannelNorm(6), torch.randn(2, 1, 5, 7, 6)
+    torch.nn.init.normal_(norm.gamma)
+    expected = F.silu(norm(x))
+    for size in (1, 40, 10**6):
+        monkeypatch.setattr(vae_blocks, "PIECE", size)
+        torch.testing.assert_close(norm.silu(x), expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_norm_agrees_with_plain(dtype):
     torch.manual_seed(0)
@@ -297,3 +362,16 @@ def test_bfloat16_runs_end_to_end():
     assert low.dtype == torch.bfloat16
     assert (low.float() - reference).abs().mean() < 0.05 * reference.abs().mean() + 0.05
     assert vae.decode(low, 1).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_norms_are_the_plain_ones():
+    torch._dynamo.reset()
+    vae = build("wan2.1")
+    latents = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = vae.decode(latents, chunk=1)
+        assert vae.compile_norms() is vae
+        compiled = vae.decode(latents, chunk=1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert plain.std() > 0.01 and (compiled - plain).abs().max() < 1e-5

@@ -335,7 +335,8 @@ def test_the_vae_takes_what_was_planned(
             real -= 13 * 3 * SIZE[0] * SIZE[1] * 2  # the frames, which wait on the host
     needs = needs_of(middling, given)
     planned = needs.tile_peak if tiled else needs.vae_peak
-    assert 0.97 * real <= planned <= 1.03 * real
+    # A CPU's convolutions (nn.winograd) take a little less than those of the plan, which are a GPU's.
+    assert 0.97 * real <= planned <= 1.06 * real
 
 
 def test_the_text_encoder_takes_what_was_planned(middling: World, tmp_path: Path) -> None:

@@ -13,13 +13,18 @@ x is the whole clip. Equations: specification of the base model, section 3.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orrery.nn.attention import attention
+from orrery.nn import winograd
+from orrery.nn.kernels import attention
+
+PIECE = 2**17  # floats that a CPU normalises at a time: what several passes go over should stay in its caches
 
 
 class Stream:
@@ -78,12 +83,40 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, time_stride: int = 
     if time_stride != 1:
         raise ValueError(f"time_stride {time_stride} needs a kernel (k, 1, 1), got {tuple(weight.shape[2:])}")
     length, padding = frames - kernel_t + 1, (kernel_h // 2, kernel_w // 2)
+    if kernel_t > 1 and batch == 1 and length * height * width < weight.shape[0] and winograd.possible(x, weight):
+        # More weights than pixels: `conv3d` does not copy them tap by tap. (It is slower for larger pictures.)
+        out = F.conv3d(x.permute(1, 4, 0, 2, 3), weight, bias, padding=(0, *padding))
+        return out.permute(2, 0, 3, 4, 1).contiguous()
     images = x.flatten(0, 1).permute(0, 3, 1, 2)
     taps = weight.unbind(2)
     out = F.conv2d(images[: length * batch], taps[0], bias, padding=padding)
     for k in range(1, kernel_t):
         out.add_(F.conv2d(images[k * batch : (k + length) * batch], taps[k], padding=padding))
     return out.permute(0, 2, 3, 1).reshape(length, batch, height, width, weight.shape[0])
+
+
+def convolve_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve x [T, B, H, W, I], each pixel doubled along rows and columns, with weight [O, I, 3, 3]; zeros around.
+
+    Of the four pixels that one becomes, each sees 2x2 pixels of x through sums of taps. Along a side the first sees its
+    left neighbour through tap 0 and itself through taps 1 + 2, the second itself through 0 + 1 and its right neighbour
+    through 2. So one convolution of x with four 2x2 kernels does, of 16 products in place of 36.
+    Returns [T, B, 2 H, 2 W, O].
+    """
+    frames, batch, height, width, _ = x.shape
+    sums = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [which of the pixels, tap, tap of 3]
+    kernels = torch.einsum("pyu,qxv,oiuv->pqoiyx", sums, sums, weight).flatten(0, 2)
+    images = x.flatten(0, 1).permute(0, 3, 1, 2)
+    shared = None if bias is None else bias.repeat(4)
+    out = F.conv2d(images, kernels.contiguous(memory_format=torch.channels_last), shared, padding=1)
+    # [T * B, H + 1, W + 1, 2, 2, O]: the second pixel's two taps begin one pixel later than the first's.
+    out = out.permute(0, 2, 3, 1).unflatten(-1, (2, 2, -1))
+    doubled = x.new_empty(frames * batch, height, 2, width, 2, len(weight))
+    for p in (0, 1):
+        for q in (0, 1):
+            pixels = out[:, p : p + height, q : q + width, p, q]
+            doubled[:, :, p, :, q] = pixels
+    return doubled.view(frames, batch, 2 * height, 2 * width, len(weight))
 
 
 class CausalConv3d(nn.Module):
@@ -103,17 +136,23 @@ class CausalConv3d(nn.Module):
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """x [T, B, H, W, I] -> [T, B, H, W, O]."""
         history = self.weight.shape[2] - 1
-        if history == 0:
-            return convolve(x, self.weight, self.bias)
-        if stream is None and len(x) == 1:
-            return convolve(x, self.weight[:, :, -1:], self.bias)  # an image: all other taps meet zeros
         past = stream.past(self) if stream is not None else None
-        if past is None:
-            past = x.new_zeros(history, *x.shape[1:])
-        x = torch.cat([past, x])
-        if stream is not None:
-            stream.keep(self, x[-history:])
+        if stream is not None and history:
+            stream.keep(self, self._recent(x, past, history))
+        if winograd.worthwhile(x, self.weight):
+            return winograd.convolve(x, self.weight, self.bias, past)
+        if past is None and len(x) == 1:
+            return convolve(x, self.weight[:, :, -1:], self.bias)  # one frame: all other taps meet zeros
+        if history:
+            x = torch.cat([x.new_zeros(history, *x.shape[1:]) if past is None else past, x])
         return convolve(x, self.weight, self.bias)
+
+    @staticmethod
+    def _recent(x: Tensor, past: Tensor | None, history: int) -> Tensor:
+        """The last `history` frames of past (None = zeros) and x."""
+        if len(x) >= history:
+            return x[-history:]
+        return torch.cat([x.new_zeros(history, *x.shape[1:]) if past is None else past, x])[-history:]
 
 
 class _NormSiLU(torch.autograd.Function):
@@ -143,8 +182,26 @@ def _inverse_rms(x: Tensor) -> Tensor:
     return norm.clamp_(min=1e-12).reciprocal_().mul_(math.sqrt(x.shape[-1]))
 
 
+def _norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """SiLU(gamma * x / rms(x)) over the last dimension, for inference."""
+    wide = x.float()
+    return F.silu((wide * _inverse_rms(wide)).mul_(gamma), inplace=True).to(x.dtype)
+
+
+@lru_cache(maxsize=1)
+def _compiled_norm_silu() -> Callable[[Tensor, Tensor], Tensor]:
+    """`_norm_silu` as one kernel for every size: it reads x once and writes the answer once, where the plain form of a
+    bfloat16 VAE moves eight times as many bytes."""
+    return torch.compile(_norm_silu, dynamic=True)
+
+
 class ChannelNorm(nn.Module):
-    """gamma * sqrt(C) * x / |x| over the channels, in float32; gamma has the published shape [C, 1, ...]."""
+    """gamma * sqrt(C) * x / |x| over the channels, in float32; gamma has the published shape [C, 1, ...].
+
+    compiled: with SiLU, without gradients, through torch.compile (see `VAE.compile_norms`).
+    """
+
+    compiled = False
 
     def __init__(self, channels: int, trailing: int = 3) -> None:
         super().__init__()
@@ -163,7 +220,17 @@ class ChannelNorm(nn.Module):
         """SiLU(self(x)); while training through a fused function."""
         if torch.is_grad_enabled() and (x.requires_grad or self.gamma.requires_grad):
             return _NormSiLU.apply(x, self.gamma.flatten())
-        return F.silu(self(x), inplace=True)
+        if self.compiled and not torch.is_grad_enabled():
+            return _compiled_norm_silu()(x.flatten(0, -2), self.gamma.flatten()).view_as(x)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return F.silu(self(x), inplace=True)
+        gamma = self.gamma.flatten()
+        if x.numel() <= PIECE:
+            return _norm_silu(x, gamma)
+        out, rows = torch.empty_like(x), max(1, PIECE // x.shape[-1])
+        for piece, result in zip(x.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True):
+            result.copy_(_norm_silu(piece, gamma))
+        return out
 
 
 class ResidualBlock(nn.Module):
@@ -193,7 +260,8 @@ class ResidualBlock(nn.Module):
         part = cast("dict[str, Any]", self.residual)
         h = part["2"](part["0"].silu(x), stream)
         h = part["6"](part["3"].silu(h), stream)
-        return h + (x if self.shortcut is None else self.shortcut(x))
+        skipped = x if self.shortcut is None else self.shortcut(x)
+        return h + skipped if torch.is_grad_enabled() else h.add_(skipped)
 
 
 class AttentionBlock(nn.Module):
@@ -253,10 +321,13 @@ class Upsample(nn.Module):
         """x [T, B, H, W, C] -> [T', B, 2H, 2W, outputs]."""
         if self.time_conv is not None:
             x = self._double_frames(self.time_conv, x, stream)
+        conv = cast("nn.Conv2d", self.resample["1"])
+        if winograd.possible(x, conv.weight):
+            return convolve_doubled(x, conv.weight, conv.bias)
         frames, batch, height, width, channels = x.shape
         x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2, -1)
         x = x.reshape(frames * batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
-        return self.resample["1"](x).permute(0, 2, 3, 1).unflatten(0, (frames, batch)).contiguous()
+        return conv(x).permute(0, 2, 3, 1).unflatten(0, (frames, batch)).contiguous()
 
     @staticmethod
     def _double_frames(time_conv: CausalConv3d, x: Tensor, stream: Stream | None) -> Tensor:
@@ -268,7 +339,7 @@ class Upsample(nn.Module):
         pairs = time_conv(rest, stream)
         frames, batch, height, width, channels = rest.shape
         pairs = pairs.reshape(frames, batch, height, width, 2, channels).permute(0, 4, 1, 2, 3, 5)
-        return torch.cat([alone, pairs.flatten(0, 1)])
+        return torch.cat([alone, pairs.flatten(0, 1)]) if len(alone) else pairs.flatten(0, 1)
 
 
 class DownLevel(nn.Module):

@@ -37,7 +37,7 @@ GIB = 2**30
 PLACEMENTS = ("resident", "stages", "blocks")
 CONTEXT = GIB * 6 // 10  # what CUDA takes for itself
 MARGIN = 0.08  # of the device: workspaces, fragmentation
-LATENTS_HELD = 8  # by the solver and guidance, in float32
+LATENTS_HELD = 8  # by the solver and guidance, in float32; three more of a step cache are within the margin
 SMALL = 2**28  # bytes of weights: such a model is resident wherever there is room for ten times that
 PIXELS_AT_ONCE = 2**21  # decoded together: bounds the VAE's memory
 

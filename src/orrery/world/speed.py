@@ -23,6 +23,7 @@ from orrery.nn.dit import Block, DiT
 from orrery.nn.kernels import KERNELS, choose, find_kernel, using
 from orrery.nn.neighbourhood_pattern import PUBLISHED, attention_share
 from orrery.nn.quantise import WAYS, quantise
+from orrery.nn.vae import VAE
 from orrery.weights import ModelConfig
 
 
@@ -33,8 +34,9 @@ class Speed:
     Exact, to rounding:
         attention: a kernel by name, or "auto": the fastest exact one, measured on the shape at hand. One that is not
             exact ("sage-attention") has to be named.
-        compile: torch.compile for the blocks of the transformer and its control branches; needs a C++ compiler on a
-            CPU and Triton on a GPU, and takes its time at the first step of each size.
+        compile: torch.compile for the blocks of the transformer and its control branches, and for the norms of the VAE
+            on a GPU; needs a C++ compiler on a CPU and Triton on a GPU, and takes its time at the first step of each
+            size.
 
     Inexact:
         cache: how far the latents of the result may be off for the sake of evaluations that are left out, relative (see
@@ -42,7 +44,7 @@ class Speed:
         interval: noise levels (low, high) within which guidance acts (arXiv 2404.07724); outside of them half of the
             arithmetic is saved. (0, 1) is everywhere.
         steps: of the solver, where a request says nothing; None is the model's own number.
-        dtype: in which the transformer and the text encoder compute; None is `load`'s choice.
+        dtype: in which the transformer and the text encoder compute, and on a CPU the VAE; None is `load`'s choice.
         quantise: the weights of the big layers in 8 bits: "int8" for memory, "fp8" for time (see `nn.quantise`).
         sparse: neighbourhood attention (arXiv 2504.16922) in place of full attention: "2b" or "14b", the published
             patterns. Only for weights that were trained with it: others lose their picture.
@@ -178,7 +180,7 @@ def preset(name: str, config: ModelConfig, device: torch.device) -> Speed:
         raise InputError(f"preset is {name!r}; allowed are {', '.join(PRESETS)}")
     chosen = PRESETS[name]
     if config.sampling.steps < FEW_STEPS:
-        chosen = dataclasses.replace(chosen, cache=0.0, interval=(0.0, 1.0), steps=None)
+        chosen = dataclasses.replace(chosen, cache=0.0)
     if name == "fast":
         chosen = dataclasses.replace(chosen, **_fast_arithmetic(device))
     return chosen
@@ -207,12 +209,19 @@ def speed_of(asked: "Speed | str | None", config: ModelConfig, device: torch.dev
         return asked
     words = (asked or "exact").split()
     named = [word for word in words[:1] if word in PRESETS or "=" not in word and word not in KEYS]
-    return preset(named[0] if named else "exact", config, device).changed(words[len(named) :])
+    speed = preset(named[0] if named else "exact", config, device).changed(words[len(named) :])
+    if speed.cache and config.sampling.solver == "renoise":
+        note(
+            f"speed cache={speed.cache:g} has nothing to leave out of a distilled model's {config.sampling.steps} steps"
+        )
+    return speed
 
 
 def prepare(network: nn.Module, speed: Speed, device: torch.device) -> None:
-    """Make a transformer or a control branch that has just been loaded as fast as `speed` asks, in place. LoRAs are in
-    it already."""
+    """Make a network that has just been loaded as fast as `speed` asks, in place. LoRAs are in it already."""
+    if isinstance(network, VAE) and speed.compile and device.type == "cuda":
+        check_compiler(device)
+        network.compile_norms()
     if not isinstance(network, DiT | ControlBranch):
         return
     if speed.quantise is not None:
@@ -237,8 +246,8 @@ def _sparsen(network: DiT, name: str) -> None:
         cast(Block, block).self_attn.sparse = None if pattern is None else (pattern, SPARSE_BACKEND)
     share = attention_share(schedule, PUBLISHED_GRID)
     note(
-        f"sparse {name}: {share:.0%} of the arithmetic of self-attention at 720p; weights that were not trained with it "
-        "lose their picture"
+        f"sparse {name}: {share:.0%} of the arithmetic of self-attention at 720p; weights not trained with it lose "
+        "their picture"
     )
 
 
@@ -275,6 +284,6 @@ SPARSE_BACKEND = "gather"  # any kernel, any device
 PUBLISHED_GRID = (24, 44, 80)  # tokens of 93 frames of 704x1280
 PRESETS = {
     "exact": Speed(),
-    "balanced": Speed(cache=0.01, interval=(0.1, 1.0)),
-    "fast": Speed(cache=0.03, interval=(0.2, 1.0)),
+    "balanced": Speed(cache=0.02),
+    "fast": Speed(cache=0.1),
 }

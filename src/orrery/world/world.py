@@ -98,7 +98,8 @@ def load(
     where = pick_device(device)
     speed = speed_of(speed, files.config, where)
     numbers = pick_dtype(speed.dtype if dtype is None else dtype, files, where)
-    vae_dtype = DTYPES[files.config.vae_dtype] if where.type == "cuda" else torch.float32
+    on_cpu = DTYPES["float32" if speed.dtype is None else speed.dtype]
+    vae_dtype = DTYPES[files.config.vae_dtype] if where.type == "cuda" else on_cpu
     shapes = transformer_shapes(files.config.transformer) if loras else {}
     pairs = [each if isinstance(each, tuple) else (each, 1.0) for each in loras]
     adapters = [read_lora(path, shapes, scale) for path, scale in pairs]
@@ -532,7 +533,10 @@ class World:
         interval = self.speed.guidance_interval
         velocity = guided_velocity(predict, given, noise, sampling.guidance, interval)
         budget = 0.0 if sampling.solver == "renoise" else self.speed.cache  # a distilled model's steps are no line
-        cache = StepCache(velocity, schedule, budget, guidance_jumps(schedule, interval) if len(texts) == 2 else ())
+        jumps = guidance_jumps(schedule, interval) if len(texts) == 2 else []
+        if edit is not None and edit.hold is not None:
+            jumps.append(edit.hold_until + 1)
+        cache = StepCache(velocity, schedule, budget, jumps)
         velocity, x = (cache, noise) if edit is None else edit.begin(cache, schedule, given, noise)
         if show is not None:
             velocity = watched(velocity, schedule, lambda step, x0: show(step, len(schedule), x0))
