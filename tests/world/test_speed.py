@@ -74,6 +74,7 @@ def test_words(words: str | Speed | None, expected: Speed) -> None:
         ("exact interval=0.9", "'interval=0.9' is not of the form interval=LOW:HIGH"),
         ("exact steps=0", "steps is 0; allowed is a whole number of at least 1"),
         ("exact compile=perhaps", "'compile=perhaps' is not of the form compile"),
+        ("exact cache", "speed 'cache' is not of the form cache=ERROR"),
         ("exact quantise=int4", "quantise is 'int4'; allowed are int8, fp8"),
         ("exact sparse=3b", "sparse is '3b'; allowed are 2b, 14b"),
         ("exact attention=magic", "attention is 'magic'; allowed are auto, sdpa"),

@@ -26,6 +26,9 @@ def run(
         float | None, typer.Option(help="GiB of the GPU to plan for.", show_default="the one at hand, and usual sizes")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    quantise: Annotated[
+        str | None, typer.Option(help="Weights of the transformer in 8 bits: int8 or fp8.", show_default="as they are")
+    ] = None,
     control: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,6 +44,7 @@ def run(
 
     Example: orrery plan predict2.5-2b --resolution 720 --memory 24
              orrery plan transfer2.5-2b --control edge
+             orrery plan predict2.5-14b --memory 24 --quantise int8
     """
     from orrery.errors import InputError
 
@@ -50,11 +54,14 @@ def run(
         raise InputError(f"--memory must be above 0 GiB, got {memory}")
     from rich.console import Console
 
+    from orrery.nn.quantise import WAYS
     from orrery.weights import find_model
     from orrery.world.devices import DTYPES
     from orrery.world.plan import Shape, make_plan, measure
     from orrery.world.request import Factors, check_frames, check_size
 
+    if quantise not in (None, *WAYS):
+        raise InputError(f"--quantise must be one of {', '.join(WAYS)}, got {quantise!r}")
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
     config = find_model(model, controls=control).config
@@ -64,13 +71,16 @@ def run(
     drawn = min(total, config.frames) if config.any_length else config.frames
     branches, texts = tuple(config.controls.values()), 2 if config.sampling.guidance > 0 else 1
     # A control video is encoded as long as what is drawn at once; a start is 5 frames at most.
-    shape = Shape((height, width), drawn, drawn if branches else 5, texts, branches)
+    shape = Shape((height, width), drawn, drawn if branches else 5, texts, branches, quantise)
     numbers, vae_numbers = DTYPES[dtype], DTYPES[config.vae_dtype]
     plans = [(label, make_plan(config, shape, size, numbers, vae_numbers)) for label, size in _memories(memory)]
     length = f"{total} frames" + f" in chunks of {drawn}" * (total > drawn)
     controls = f", control by {', '.join(config.controls)}" * bool(branches)
     console = Console()
-    console.print(f"{model}, {height}x{width}, {length}{controls}, {dtype} (VAE {config.vae_dtype})", highlight=False)
+    numerals = dtype if quantise is None else f"{dtype} and {quantise}"
+    console.print(
+        f"{model}, {height}x{width}, {length}{controls}, {numerals} (VAE {config.vae_dtype})", highlight=False
+    )
     console.print(_told(config), highlight=False)
     console.print(_stages(measure(config, shape, numbers, vae_numbers)), highlight=False)
     console.print()

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -101,39 +101,49 @@ class Speed:
         """What differs from the defaults, as KEY=VALUE; "exact" where nothing does."""
         default = Speed()
         pairs = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
-        words = [f"{name}={_written(value)}" for name, value in pairs if value != getattr(default, name)]
+        words = [
+            name if value is True else f"{name}={_written(value)}"
+            for name, value in pairs
+            if value != getattr(default, name)
+        ]
         return " ".join(words) or "exact"
 
 
 def _written(value: Any) -> str:
-    return ":".join(f"{each:g}" for each in value) if isinstance(value, tuple) else str(value).lower()
+    return ":".join(f"{each:g}" for each in value) if isinstance(value, tuple) else str(value)
 
 
 def _parsed(word: str) -> tuple[str, Any]:
-    """Key and value of KEY=VALUE."""
+    """Key and value of KEY=VALUE; "off" is the default."""
     key, equals, text = word.partition("=")
-    key, none = key.strip().replace("-", "_"), text.strip().lower() in ("none", "off", "")
+    if key not in KEYS:
+        raise InputError(f"speed has no {key!r}; allowed are {', '.join(form for form, _ in KEYS.values())}")
+    form, value = KEYS[key]
+    if text == "off":
+        return key, getattr(Speed(), key)
     try:
-        if key == "compile":
-            return key, {"": True, "true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[
-                text.strip().lower()
-            ]
-        if not equals:
+        if bool(equals) == (key == "compile"):
             raise ValueError
-        if key == "interval":
-            low, high = text.split(":")
-            return key, (float(low), float(high))
-        if key == "cache":
-            return key, 0.0 if none else float(text)
-        if key == "steps":
-            return key, None if none else int(text)
-        if key in ("dtype", "quantise", "sparse"):
-            return key, None if none else text.strip()
-        if key == "attention":
-            return key, text.strip()
-    except (KeyError, ValueError):
-        raise InputError(f"speed {word!r} is not of the form {KEYS[key]}") from None
-    raise InputError(f"speed has no {key!r}; allowed are {', '.join(KEYS.values())}")
+        return key, value(text)
+    except ValueError:
+        raise InputError(f"speed {word!r} is not of the form {form}") from None
+
+
+def _levels(text: str) -> tuple[float, float]:
+    low, high = text.split(":")
+    return float(low), float(high)
+
+
+KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "attention": ("attention=KERNEL", str),
+    "compile": ("compile", lambda text: True),
+    "cache": ("cache=ERROR", float),
+    "interval": ("interval=LOW:HIGH", _levels),
+    "steps": ("steps=NUMBER", int),
+    "dtype": ("dtype=NAME", str),
+    "quantise": ("quantise=WAY", str),
+    "sparse": ("sparse=PATTERN", str),
+}
 
 
 @dataclass
@@ -156,18 +166,6 @@ class Spent:
         self.evaluations += evaluations
         self.skipped += skipped
         self.error = max(self.error, error)
-
-
-KEYS = {
-    "attention": "attention=KERNEL",
-    "compile": "compile",
-    "cache": "cache=ERROR",
-    "interval": "interval=LOW:HIGH",
-    "steps": "steps=NUMBER",
-    "dtype": "dtype=NAME",
-    "quantise": "quantise=WAY",
-    "sparse": "sparse=PATTERN",
-}
 
 
 def preset(name: str, config: ModelConfig, device: torch.device) -> Speed:
