@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from orrery import __version__
-from orrery.cli.main import VERBS, main
+from orrery.cli.main import VERBS, main, others_compute
 from orrery.video import Video
 
 PROMPT = "a red ball falls and bounces"
@@ -227,3 +228,21 @@ def test_a_refused_demo_leaves_no_folder(
     model = () if words[0] == "--model" else ("--model", tiny_folder)
     assert call("demo", *model, *words, "-o", tmp_path / "out") == 2
     assert words[1] in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").is_file(), reason="looks into /proc")
+def test_threads_spin_only_where_nobody_else_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own count, with and without company; an idle moment of any look means that nobody does."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        time.sleep(0.5)
+        assert others_compute()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    texts = iter(["0.5 0.4 0.3 3/200 77", "0.5 0.4 0.3 1/200 77"])
+    monkeypatch.setattr(Path, "read_text", lambda self: next(texts))
+    assert not others_compute()
+    monkeypatch.setattr(Path, "read_text", lambda self: "unreadable")
+    assert not others_compute()

@@ -92,10 +92,10 @@ def test_batch_goes_on_after_a_failure(jobs: Path, tiny_folder: Path, tmp_path: 
 
     run = World.run
 
-    def failing(self, request, progress=None):
+    def failing(self, request, *others):
         if request.seed == 3:
             raise OrreryError("no memory")
-        return run(self, request, progress)
+        return run(self, request, *others)
 
     monkeypatch.setattr(World, "run", failing)
     out = tmp_path / "out"

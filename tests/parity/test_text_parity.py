@@ -85,6 +85,22 @@ def test_small_qwen2():
 
 
 @torch.no_grad()
+def test_bfloat16_is_rounded_where_transformers_rounds():
+    """Both round a residual stream of 8 bits; the same order of operations keeps them closer to each other than either
+    is to float32."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(TextConfig(kind="qwen2", **SHAPE), word_tokenizer(PROMPTS)).eval()
+    randomise(encoder)
+    exact = encoder.encode(PROMPTS)
+    oracle = transformers.Qwen2Model(transformers.Qwen2Config(**QWEN, rope_parameters=ROPE)).eval()
+    oracle.load_state_dict(encoder.model.state_dict(), strict=True)
+    states = oracle.bfloat16()(input_ids=encoder.tokenize(PROMPTS), output_hidden_states=True).hidden_states
+    ours, theirs = encoder.bfloat16().encode(PROMPTS).float().numpy(), reference(states)
+    rounding = np.abs(theirs - exact.numpy()).mean()
+    assert rounding > 1e-3 and np.abs(ours - theirs).mean() < 0.5 * rounding
+
+
+@torch.no_grad()
 def test_last_state_is_after_the_final_norm():
     torch.manual_seed(0)
     encoder = TextEncoder(TextConfig(kind="qwen2", **SHAPE), word_tokenizer(PROMPTS)).eval()

@@ -95,13 +95,12 @@ def _branches(model: str, files: "ModelFiles") -> list[str]:
     config = files.config
     if not config.controls:
         return []
-    import torch
-
     from orrery.nn.control import ControlBranch
+    from orrery.nn.empty import shapes_only
 
     lines = []
     for kind, control in config.controls.items():
-        with torch.device("meta"):
+        with shapes_only():
             count = sum(weight.numel() for weight in ControlBranch(config.transformer, control).parameters())
         places = ", ".join(map(str, control.places))
         size = _size(model, files, kind)
@@ -152,14 +151,13 @@ def _size(model: str, files: "ModelFiles", kind: str) -> str:
 
 def _parameters(config: "ModelConfig") -> dict[str, int]:
     """Of each network."""
-    import torch
-
     from orrery.nn.dit import DiT
+    from orrery.nn.empty import shapes_only
     from orrery.nn.text import PAD, TextEncoder, word_tokenizer
     from orrery.nn.vae import VAE
 
     text = dataclasses.replace(config.text, pad_token=PAD)
-    with torch.device("meta"):
+    with shapes_only():
         networks = {
             "transformer": DiT(config.transformer),
             "vae": VAE(config.vae),

@@ -6,7 +6,7 @@ the right to exactly L tokens, and run without an attention mask (causal, so pad
 transformer does see the padded positions). The outputs of all layers, the last one after the final norm, are each
 brought to mean 0 and deviation 1 per token, and are concatenated.
 
-The networks come from `transformers`, which is imported only when an encoder is built.
+The network is `nn.qwen`.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from orrery.nn.qwen import Qwen2
 
 if TYPE_CHECKING:
     import tokenizers
@@ -155,8 +157,7 @@ class TextEncoder(nn.Module):
         config: the shape.
         tokenizer: a `tokenizers.Tokenizer` or a tokenizer of `transformers`; its ids must fit into vocab_size.
 
-    `.model` is the module of `transformers` (a Qwen2Model or Qwen2_5_VLTextModel) with fresh weights; the state dict
-    holds its parameters and nothing else.
+    `.model` has fresh weights; the state dict holds its parameters and nothing else, under the names of `transformers`.
     """
 
     def __init__(self, config: TextConfig, tokenizer: Any):
@@ -164,8 +165,10 @@ class TextEncoder(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.reader = PromptReader(config, tokenizer)
-        self.model: Any = _build(config)
-        self.register_load_state_dict_post_hook(lambda module, _: module._keep_rotary())
+        self.model = Qwen2(
+            config.vocab_size, config.hidden_size, config.layers, config.heads, config.kv_heads, config.mlp,
+            config.rope_theta, config.norm_eps,
+        )  # fmt: skip
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids [B, L] int64 on the model's device: template, then cut to the first L or padded on the right."""
@@ -177,27 +180,11 @@ class TextEncoder(nn.Module):
         model's dtype. ValueError when the length is not L."""
         if tokens.ndim != 2 or tokens.shape[1] != self.config.length:
             raise ValueError(f"tokens must be [B, {self.config.length}]; got {list(tokens.shape)}")
-        output = self.model(input_ids=tokens, use_cache=False, output_hidden_states=True)
-        return torch.cat([_standardise(hidden) for hidden in output.hidden_states[1:]], dim=-1)
+        return torch.cat([_standardise(hidden) for hidden in self.model(tokens)], dim=-1)
 
     def encode(self, prompts: list[str]) -> Tensor:
         """`forward` of `tokenize`: [B, L, text_dim]. An empty prompt is encoded like any other."""
         return self(self.tokenize(prompts))
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self._keep_rotary()
-        return self
-
-    def _keep_rotary(self) -> None:
-        """Make the rotary frequencies anew where they were rounded by a cast or never left the meta device.
-
-        They are computed, not stored, and stay float32 in a bfloat16 model.
-        """
-        rotary, weight = self.model.rotary_emb, self.model.embed_tokens.weight
-        if rotary.inv_freq.dtype != torch.float32 or rotary.inv_freq.device != weight.device:
-            with torch.inference_mode(False), torch.device(weight.device):  # an inference tensor could not train later
-                self.model.rotary_emb = type(rotary)(config=self.model.config)
 
 
 def _standardise(hidden: Tensor) -> Tensor:
@@ -223,30 +210,3 @@ def _reader(tokenizer: Any, pad_token: str) -> tuple[Callable[[str], list[int]],
     if pad is None:
         raise ValueError(f"the tokenizer has no token {pad_token!r}, which the text configuration pads with")
     return ids, pad, size
-
-
-def _build(config: TextConfig) -> nn.Module:
-    """The `transformers` module of a configuration, with fresh weights."""
-    shape: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "max_position_embeddings": max(config.length, 32768),
-        "rms_norm_eps": config.norm_eps,
-        "pad_token_id": None,  # else its embedding would be zero and untrained; here pads are ordinary tokens
-        "bos_token_id": None,  # the defaults lie outside a small vocabulary, and nothing here is generated
-        "eos_token_id": None,
-        "attn_implementation": "sdpa",
-    }
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.kind == "qwen2":
-        from transformers import Qwen2Config, Qwen2Model
-
-        return Qwen2Model(Qwen2Config(**shape, rope_parameters=rope))
-    from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
-
-    rope["mrope_section"] = list(config.mrope_section)
-    return Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**shape, rope_parameters=rope))

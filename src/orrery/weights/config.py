@@ -15,6 +15,7 @@ from orrery.errors import InputError, one_line
 from orrery.kinds import KINDS, control_kind
 from orrery.nn.control import ControlBranch, ControlConfig
 from orrery.nn.dit import DiTConfig
+from orrery.nn.empty import shapes_only
 from orrery.nn.text import TextConfig
 from orrery.nn.vae import VAEConfig
 
@@ -177,7 +178,7 @@ class ModelConfig:
         object.__setattr__(self, "controls", _ordered(self.controls))
         for kind, control in self.controls.items():
             try:
-                with torch.device("meta"):
+                with shapes_only():
                     ControlBranch(self.transformer, control)
             except ValueError as error:
                 raise ValueError(f"control {kind}: {error}") from error

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from orrery.errors import InputError, note, one_line
 from orrery.files import atomic_file
+from orrery.nn.empty import shapes_only
 from orrery.nn.preview import Preview, PreviewConfig
 from orrery.nn.vae import VAEConfig
 from orrery.weights.parts import ModelFiles
@@ -58,7 +59,7 @@ def load_preview(
     else:
         found = Path(path)
     config, weights = read_preview(found, files.config.vae)
-    with torch.device("meta"):
+    with shapes_only():
         network = Preview(config)
     _check_keys(found, weights, {key: tuple(value.shape) for key, value in network.state_dict().items()})
     network.load_state_dict({key: value.to(device, dtype) for key, value in weights.items()}, assign=True)

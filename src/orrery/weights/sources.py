@@ -9,12 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from orrery.errors import InputError, note, one_line
 from orrery.nn.control import ControlConfig
 from orrery.nn.dit import PRESETS as TRANSFORMERS
 from orrery.nn.dit import DiT, DiTConfig
+from orrery.nn.empty import shapes_only
 from orrery.nn.text import PRESETS as TEXTS
 from orrery.nn.text import TextConfig
 from orrery.nn.vae import PRESETS as VAES
@@ -355,5 +354,5 @@ def transformer_names(keys: Iterable[str]) -> list[str]:
 
 def transformer_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters of a transformer."""
-    with torch.device("meta"):
+    with shapes_only():
         return {name: tuple(value.shape) for name, value in DiT(config).state_dict().items()}

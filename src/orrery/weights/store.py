@@ -24,6 +24,7 @@ from orrery.files import atomic_file, atomic_folder
 from orrery.kinds import control_kind
 from orrery.nn.control import ControlBranch
 from orrery.nn.dit import DiT
+from orrery.nn.empty import shapes_only
 from orrery.nn.image import ImageEncoder
 from orrery.nn.text import TextEncoder
 from orrery.nn.vae import VAE
@@ -97,7 +98,7 @@ def empty_part(files: ModelFiles, name: str) -> nn.Module:
         raise InputError(f"{files.name} has no part {name!r}; it has {', '.join(files.parts)}")
     image = image_config(files.parts[name].find(), config.transformer.image_context) if name == "image" else None
     try:
-        with torch.device("meta"):
+        with shapes_only():
             if image is not None:
                 return ImageEncoder(image)
             if name.startswith(BRANCH):

@@ -24,6 +24,7 @@ import torch
 from orrery.errors import InputError
 from orrery.nn.control import ActiveControl, ControlBranch, ControlConfig
 from orrery.nn.dit import Conditions, DiT, DiTConfig
+from orrery.nn.empty import shapes_only
 from orrery.nn.offload import device_bytes as blocks_on_device
 from orrery.nn.quantise import quantise
 from orrery.nn.rope import cached_rope_table
@@ -169,7 +170,7 @@ def measure(config: ModelConfig, shape: Shape, dtype: torch.dtype, vae_dtype: to
 def _measure(
     transformer: DiTConfig, vae: VAEConfig, text: TextConfig, shape: Shape, dtype: torch.dtype, vae_dtype: torch.dtype
 ) -> Needs:
-    with torch.device("meta"):
+    with shapes_only():
         encoder = TextEncoder(dataclasses.replace(text, pad_token=PAD), word_tokenizer(["word"])).to(dtype)
         network, autoencoder = DiT(transformer).to(dtype), VAE(vae).to(vae_dtype)
         height, width = (side // autoencoder.spatial_factor for side in shape.size)
@@ -179,12 +180,13 @@ def _measure(
         one, all_texts = (
             _transformer_peak(transformer, text.length, size, dtype, shape, batch) for batch in (1, shape.texts)
         )
+        text_peak = _text_peak(encoder, dtype, shape.texts)
         blocks = sum(parameter_bytes(block, dtype) for block in network.blocks)
         whole_peak, tile_peak = (_vae_peak(autoencoder, size, shape.given, vae_dtype, tiled) for tiled in (False, True))
     weights = sum(parameter_bytes(each, dtype) for each in (network, *branches))
     return Needs(
         text=parameter_bytes(encoder, dtype),
-        text_peak=_text_peak(text, dtype, shape.texts),
+        text_peak=text_peak,
         transformer=weights,
         streamed=tuple(weights - blocks + blocks_on_device(network.blocks, n) for n in range(transformer.depth + 1)),
         transformer_peak=one,
@@ -201,11 +203,11 @@ def _round(networks: Sequence[DiT | ControlBranch], how: str | None, keep: Seque
         quantise(network, cast(str, how), keep=keep)
 
 
-def _text_peak(config: TextConfig, dtype: torch.dtype, texts: int) -> int:
-    """Of one prompt after the others, by hand (transformers' modules look at numbers on their way): all hidden states
-    and the embeddings made of them, a layer's own, and a norm in float32."""
-    states, layer = ((1 + texts) * config.layers + 6) * config.hidden_size, 3 * config.mlp
-    return config.length * ((states + layer) * dtype.itemsize + 2 * config.hidden_size * 4)
+def _text_peak(encoder: TextEncoder, dtype: torch.dtype, texts: int) -> int:
+    """Of one prompt after the other, with the embeddings of those before."""
+    tokens = torch.empty(1, encoder.config.length, dtype=torch.int64)
+    kept = encoder.config.length * encoder.config.text_dim * dtype.itemsize
+    return peak_bytes(lambda: encoder(tokens)) + (texts - 1) * kept
 
 
 def _transformer_peak(
