@@ -59,10 +59,12 @@ mini-worlds: $(STAMP) gl
 	$(SIM) drop --seed 1000000 --clips 240 $(SIM_INTO)
 	$(SIM) push --seed 1000000 --clips 160 $(SIM_INTO)
 
-mini-base: mini-worlds  ## Its VAE and transformer
+mini-base: mini-worlds  ## Its VAE, transformer and preview decoder
 	$(BIN)/orrery train recipes/mini-vae.toml
 	$(BIN)/orrery train recipes/mini-dit.toml
 	$(BIN)/orrery train recipes/mini-dit.toml --export src/orrery/weights/mini
+	$(BIN)/orrery train recipes/mini-preview.toml
+	$(BIN)/orrery train recipes/mini-preview.toml --export src/orrery/weights/mini
 
 mini-control: mini-worlds  ## Its control branches, beside the transformer in the package
 	for kind in edge blur depth seg; do \

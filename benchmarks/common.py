@@ -18,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -383,6 +384,20 @@ def in_child(arguments: list[str]) -> Any:
     words, environment = [sys.executable, sys.argv[0], *arguments], os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@contextmanager
+def cold_compiler() -> Iterator[None]:
+    """torch.compile finds nothing that an earlier process left on disk: what it takes is counted in full."""
+    with tempfile.TemporaryDirectory(prefix="orrery-compiled-", ignore_cleanup_errors=True) as folder:
+        before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+            if before is not None:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
 
 
 def dit_config(name: str) -> DiTConfig:

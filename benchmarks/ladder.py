@@ -27,6 +27,7 @@ from common import (
     DTYPES,
     RESULTS,
     busy_line,
+    cold_compiler,
     device_name,
     dit_config,
     height_width,
@@ -348,11 +349,13 @@ def main() -> int:
         print(json.dumps(peak(options.model, options)))
         return 0
     made, before = provenance(*(["diffusers"] if installed("diffusers") else [])), load_average()
+    with cold_compiler():
+        rows = ladder(options)
     result = {
         "made": made,
         "device": device_name(options.device),
         "options": {key: value for key, value in vars(options).items() if key not in ("model", "results", "peak")},
-        **ladder(options),
+        **rows,
         "load_average": {"before": before, "after": load_average()},
     }
     page = markdown(result)

@@ -26,6 +26,7 @@ from common import (
     DTYPES,
     RESULTS,
     busy_line,
+    cold_compiler,
     copy_ceiling,
     counted,
     device_name,
@@ -564,7 +565,8 @@ def main() -> int:
     made = provenance(*["diffusers"] * options.diffusers)
     before = load_average()
     meta = options.kind == "meta"
-    result = count(options) if meta else measure(options)
+    with cold_compiler():
+        result = count(options) if meta else measure(options)
     hidden = ("memory", "attention", "words", "results", "kind", "clock")
     result |= {
         "made": made,
