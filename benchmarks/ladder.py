@@ -16,7 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,14 +50,21 @@ from torch import Tensor
 
 import orrery
 from orrery.errors import InputError, OrreryError
+from orrery.files import atomic_file
 from orrery.flow import numpy_noise
+from orrery.nn import attention
+from orrery.nn.rope import apply_rope
 from orrery.video import Video
 from orrery.weights import find_model
 from orrery.world import World
 from orrery.world.speed import PRESETS, Spent, multiplies_bfloat16
 
 DENSE, THEIRS = "exact", "diffusers"
+README = Path(__file__).parent / "README.md"
+MARKS = ("<!-- the ladder -->", "<!-- its end -->")  # of its table in the README
 EXACT = ("exact", "exact compile")
+# What is always on, taken away: how much slower it is without.
+WITHOUT = ("without guidance in one batch", "without norm and rotation in one")
 INEXACT = (
     "exact cache=0.02",
     "exact cache=0.05",
@@ -70,9 +78,9 @@ MODEL = {"mini": ("exact steps=10", "exact steps=6"), "2b": ("exact sparse=2b",)
 PROMPTS = (
     "a red ball falls and bounces, plain look",
     "a blue cube is thrown to the left, hits the green ball and slides, realistic look",
-    "the robot arm pushes the yellow cylinder away and it rolls, plain look",
+    "the robot arm pushes the yellow cylinder away and rolls, plain look",
     "a purple cylinder falls and rolls to the right, realistic look",
-    "the robot arm pushes the cyan cube closer and it slides, plain look",
+    "the robot arm pushes the cyan cube closer, plain look",
     "a green ball falls and hits a red cube, realistic look",
 )
 CLIPS: dict[str, dict[str, Any]] = {
@@ -100,17 +108,35 @@ class Rung:
     world: Any = None
 
 
+@contextmanager
+def norm_and_rotation_apart() -> Iterator[None]:
+    """Queries and keys as where gradients are wanted: the norm, then the rotation."""
+    joined = attention.norm_rope
+
+    def apart(x: Tensor, weight: Tensor, eps: float, *table: Tensor) -> Tensor:
+        return apply_rope(torch.nn.functional.rms_norm(x, weight.shape, weight, eps), *table)
+
+    attention.norm_rope = apart
+    try:
+        yield
+    finally:
+        attention.norm_rope = joined
+
+
 def world_rung(folder: Path | str, name: str, options: argparse.Namespace) -> Rung:
     """A world under one setting."""
     dtype = None if "dtype=" in name or options.dtype is None else options.dtype
-    world = orrery.load(folder, options.device, dtype, speed=name)
+    world = orrery.load(folder, options.device, dtype, speed=DENSE if name in WITHOUT else name)
+    patched = norm_and_rotation_apart if name == WITHOUT[1] else nullcontext
 
     def run(request: Any) -> tuple[Tensor, Video]:
         plan = world._plan_of(request)
+        if name == WITHOUT[0]:
+            plan = dataclasses.replace(plan, side_by_side=False)
         steps = world.speed.steps
         if steps is not None:
             request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, steps=steps))
-        with torch.no_grad():
+        with torch.no_grad(), patched():
             world.spent = Spent()
             latents = world._latents(request, plan, None)
             return latents, world._decode(latents, plan)
@@ -304,6 +330,25 @@ def cells(row: dict[str, Any]) -> list[str]:
     return found + [f"{row['latents']:.1e}", "-" if math.isinf(row["psnr"]) else f"{row['psnr']:.1f}"]
 
 
+def readme(path: Path = README) -> None:
+    """Put the rows of all results/ladder_*.json into the README of the benchmarks, between its marks."""
+    rows = []
+    for file in sorted(RESULTS.glob("ladder_*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        made, preset = found["made"], found["options"]["preset"]
+        where = f"{preset} on {found['device']}, {made['machine']['threads']} threads"
+        commit = (made["commit"] or "unknown")[:9] + "+" * bool(made["dirty"])
+        for row in found["rows"]:
+            if "seconds" in row:
+                name, seconds, speed, _, _, peak, latents, quality = cells(row)
+                rows.append([name, where, seconds, speed, peak, latents, quality, commit])
+    heads = ["rung", "model, machine", "s a clip", "to dense", "peak GiB", "latents off", "PSNR to dense", "commit"]
+    text, lines = path.read_text(encoding="utf-8"), table(heads, rows)
+    before, rest = text.split(MARKS[0])
+    with atomic_file(path) as partial:
+        partial.write_text("\n".join([before + MARKS[0], "", *lines, "", MARKS[1] + rest.split(MARKS[1])[1]]))
+
+
 def arguments(words: list[str]) -> argparse.Namespace:
     """The command line; what is not given depends on preset and device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -318,6 +363,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="of rungs that name none; default as `orrery.load` chooses")
     parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, on a CPU that others use too")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--readme", action="store_true", help="write the table of README.md from the results, no more")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)  # of a child: where the model is
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # of a child: watch the memory of this rung, print JSON
     options = parser.parse_args(words)
@@ -332,7 +378,14 @@ def arguments(words: list[str]) -> argparse.Namespace:
         options.dtype = "bfloat16" if gpu else "float32"
     if options.rungs is None:
         hardware = HARDWARE["cuda" if gpu else "cpu"] if gpu or multiplies_bfloat16() else ()
-        options.rungs = [*EXACT, *INEXACT, *hardware, *MODEL.get(options.preset, ()), *list(PRESETS)[1:]]
+        options.rungs = [
+            *EXACT,
+            *(WITHOUT if options.preset == "mini" else ()),
+            *INEXACT,
+            *hardware,
+            *MODEL.get(options.preset, ()),
+            *list(PRESETS)[1:],
+        ]
     if DENSE not in options.rungs:
         options.rungs = [DENSE, *options.rungs]
     if options.cpu_seconds:
@@ -345,6 +398,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
 def main() -> int:
     """Runs the benchmark; 2 on bad input."""
     options = arguments(sys.argv[1:])
+    if options.readme:
+        readme()
+        return 0
     if options.peak:
         print(json.dumps(peak(options.model, options)))
         return 0

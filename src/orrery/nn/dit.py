@@ -22,6 +22,8 @@ from orrery.nn.conditions import BaseState, Conditions, KeysValues, Projected, R
 from orrery.nn.precision import FollowingLinear, full_precision
 from orrery.nn.rope import TOKENS_AT_ONCE, axis_sizes, cached_rope_table
 
+CACHE = 2**21  # bytes that a core keeps near by; SMALLEST_PIECE rows still make an efficient matrix product
+SMALLEST_PIECE = 128
 IMAGE_TOKENS = 256  # of a reference image, in the published models
 
 
@@ -170,17 +172,20 @@ class Modulation(nn.Sequential):
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
+        self.hidden = hidden
         self.layer1 = nn.Linear(width, hidden, bias=False)
         self.layer2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., width] -> the same shape. Without gradients, TOKENS_AT_ONCE rows at a time, for the memory of the
-        hidden layer."""
-        rows = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled() or len(rows) <= TOKENS_AT_ONCE:
+        """x [..., width] -> the same shape. Without gradients some rows at a time: on a CPU as many as leave the hidden
+        layer in its cache, elsewhere TOKENS_AT_ONCE, for the memory of the hidden layer."""
+        rows, most = x.reshape(-1, x.shape[-1]), TOKENS_AT_ONCE
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            most = max(SMALLEST_PIECE, CACHE // (self.hidden * x.element_size()))
+        if torch.is_grad_enabled() or len(rows) <= most:
             return self.layer2(F.gelu(self.layer1(x)))
         out = torch.empty_like(rows)
-        for part, piece in zip(out.split(TOKENS_AT_ONCE), rows.split(TOKENS_AT_ONCE), strict=True):
+        for part, piece in zip(out.split(most), rows.split(most), strict=True):
             part.copy_(self.layer2(F.gelu(self.layer1(piece))))
         return out.view_as(x)
 

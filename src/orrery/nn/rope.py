@@ -101,20 +101,24 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -
     """RMSNorm over the last axis with `weight` [dim], then `apply_rope`: what queries and keys go through.
 
     x [B, N, heads, dim], table [N, dim] -> [B, N, heads, dim]. In float32 and without gradients in half the passes over
-    memory (the weight goes into the table, the norm comes last), equal to rounding. Other dtypes are rounded after the
-    norm as the published networks do, and torch.compile fuses the plain form by itself.
+    memory (the weight goes into the table, the norm comes last), equal to rounding, and with each head's tokens beside
+    each other in memory, as attention reads them. Other dtypes are rounded after the norm as the published networks
+    do, and torch.compile fuses the plain form by itself.
     """
     if torch.is_grad_enabled() or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        return apply_rope(F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype), cos, sin)
+        out = apply_rope(F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype), cos, sin)
+        if torch.compiler.is_compiling() and x.device.type == "cpu":
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)  # the same layout; joined with what is before it
+        return out
     half = x.shape[-1] // 2
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    cos, sin, x = cos[:, :half], sin[:, :half], x.transpose(1, 2)
     (first, second), (w_first, w_second) = x.split(half, dim=-1), weight.split(half)
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape, device=x.device)
     out_first, out_second = out.split(half, dim=-1)
     torch.mul(first, cos * w_first, out=out_first).addcmul_(second, sin * w_second, value=-1)
     torch.mul(second, cos * w_second, out=out_second).addcmul_(first, sin * w_first)
-    return out.mul_(scale)
+    return out.mul_(scale).transpose(1, 2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
