@@ -55,6 +55,7 @@ from orrery.weights.store import write_config
 from orrery.world import World
 from orrery.world.networks import Networks
 from orrery.world.plan import Plan, Shape, latents_at_once, measure
+from orrery.world.speed import speed_of
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"preset": ["mini", "small"], "dtype": "float32"},
@@ -96,12 +97,12 @@ class Watched(Networks):
         self.clock, self.stages = clock, []  # type: ignore[var-annotated]
 
     @contextmanager
-    def use(self, name: str, placement: str = "resident", on_cpu: bool = False) -> Iterator[Any]:
+    def use(self, name: str, placement: str = "resident", on_cpu: bool = False, resident: int = 0) -> Iterator[Any]:
         """As it is, watched."""
         stage = {"transformer": "denoise", "text": "text"}.get(name)
         if stage is None:
             stage = "decode" if any(each["stage"] == "denoise" for each in self.stages) else "encode"
-        with self.watch(stage) as row, super().use(name, placement, on_cpu) as network:
+        with self.watch(stage) as row, super().use(name, placement, on_cpu, resident) as network:
             row["fetched"] = self.clock() - row["began"]
             yield network
             synchronise()
@@ -185,7 +186,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     vae_dtype = torch.float32 if cpu(options) else DTYPES[files.config.vae_dtype]
     # One thread's own time: the watch over the memory has another.
     clock = time.thread_time if options.cpu_seconds else time.perf_counter
-    networks = Watched(clock, files, device, dtype, vae_dtype)
+    speed = speed_of(options.speed, files.config, device)
+    networks = Watched(clock, files, device, dtype, vae_dtype, (), speed)
     with tempfile.TemporaryDirectory() as kept:
         world = World(networks, str(options.model), options.placement, kept if options.embeddings else None)
         with torch.device("meta"):  # imports what the text encoder needs: no part of loading
@@ -381,6 +383,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, else bfloat16")
     parser.add_argument("--repeats", type=int, help="clips in a row: 3 for mini, else 1")
     parser.add_argument("--placement", choices=["resident", "stages", "blocks"], help="instead of the plan's choice")
+    parser.add_argument("--speed", metavar="WORDS", help='as `orrery.load` takes it, such as "balanced compile"')
     parser.add_argument(
         "--embeddings", action="store_true", help="text embeddings are random and there before: no text stage"
     )
@@ -418,7 +421,7 @@ def clip(options: argparse.Namespace, preset: str) -> dict[str, Any]:
     own = settled(options, preset)
     words = ["--preset", preset, "--device", own.device, "--dtype", own.dtype, "--repeats", str(own.repeats)]
     words += ["--size", f"{own.size[0]}x{own.size[1]}"] if own.size else []
-    for name in ("frames", "steps", "placement"):
+    for name in ("frames", "steps", "placement", "speed"):
         words += [f"--{name}", str(getattr(own, name))] if getattr(own, name) is not None else []
     words += ["--embeddings"] * own.embeddings + ["--cpu-seconds"] * own.cpu_seconds
     with tempfile.TemporaryDirectory(prefix="orrery-clip-") as folder:
