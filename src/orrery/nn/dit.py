@@ -181,7 +181,7 @@ class MLP(nn.Module):
         layer in its cache, elsewhere TOKENS_AT_ONCE, for the memory of the hidden layer."""
         rows, most = x.reshape(-1, x.shape[-1]), TOKENS_AT_ONCE
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            most = max(SMALLEST_PIECE, CACHE // (self.hidden * x.element_size()))
+            most = max(SMALLEST_PIECE, CACHE * torch.get_num_threads() // (self.hidden * x.element_size()))
         if torch.is_grad_enabled() or len(rows) <= most:
             return self.layer2(F.gelu(self.layer1(x)))
         out = torch.empty_like(rows)

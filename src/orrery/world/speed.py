@@ -208,6 +208,8 @@ def speed_of(asked: "Speed | str | None", config: ModelConfig, device: torch.dev
     words = (asked or "exact").split()
     named = [word for word in words[:1] if word in PRESETS or "=" not in word and word not in KEYS]
     speed = preset(named[0] if named else "exact", config, device).changed(words[len(named) :])
+    if speed.dtype == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16():
+        note("speed dtype=bfloat16: this CPU is not known to multiply it (AMX, AVX512-BF16), and may be slower for it")
     if speed.cache and config.sampling.solver == "renoise":
         note(
             f"speed cache={speed.cache:g} has nothing to leave out of a distilled model's {config.sampling.steps} steps"

@@ -55,7 +55,9 @@ class Edit:
 
     def shortened(self, schedule: Schedule) -> Schedule:
         """The part of a schedule that is walked."""
-        return schedule if self.sigma is None else start_at(schedule, self.sigma, self.exact_times)
+        if self.known is None or self.sigma is None:
+            return schedule
+        return start_at(schedule, self.sigma, self.exact_times)
 
     def begin(
         self, velocity: Velocity, schedule: Schedule, given: FrameCondition, noise: Tensor
