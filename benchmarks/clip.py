@@ -74,9 +74,11 @@ PLANNED = {"text": "text encoder", "encode": "VAE", "denoise": "transformer", "d
 LEGEND = (
     "`TFLOP`: two operations a multiplication with addition, attention in full; of the text encoder by formula, of the "
     "others counted by torch on the meta device with the same calls. `of ceiling`: TFLOP/s over those of the best "
-    "square matrix product in the same run and the stage's dtype. `planned`: the largest of the stage's networks as "
-    "`orrery plan` has it (the VAE's is that of encoding or decoding, whichever is larger). A stage includes what "
-    "moves its results to and from the device; the first clip of a process is counted, nothing is warmed up."
+    "square matrix product in the same run and the stage's dtype; the VAE's arithmetic is that of direct "
+    "convolutions, of which a CPU's need less (nn.winograd): more than 100 % is possible. `planned`: the largest of "
+    "the stage's networks as `orrery plan` has it (the VAE's is that of encoding or decoding, whichever is larger). A "
+    "stage includes what moves its results to and from the device; the first clip of a process is counted, nothing is "
+    "warmed up."
 )
 MEMORY = {
     "cpu": "`peak`: resident memory of the process above that before the model was loaded, looked at every "

@@ -333,7 +333,8 @@ def main() -> int:
             "load_average": {"before": before, "after": load_average()},
         }
         page = markdown(result)
-        print(page, *write_results(f"fits_{slug(device)}_{preset}", result, page, options.results), sep="\n")
+        name = "_".join(["fits", slug(device), preset, *filter(None, [options.quantise])])
+        print(page, *write_results(name, result, page, options.results), sep="\n")
     return 0
 
 
