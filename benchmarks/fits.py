@@ -333,7 +333,7 @@ def main() -> int:
             "load_average": {"before": before, "after": load_average()},
         }
         page = markdown(result)
-        name = "_".join(["fits", slug(device), preset, *filter(None, [options.quantise])])
+        name = "_".join(["fits", slug(device), preset, *filter(None, options.quantise)])
         print(page, *write_results(name, result, page, options.results), sep="\n")
     return 0
 
