@@ -125,8 +125,7 @@ def norm_and_rotation_apart() -> Iterator[None]:
 
 def world_rung(folder: Path | str, name: str, options: argparse.Namespace) -> Rung:
     """A world under one setting."""
-    dtype = None if "dtype=" in name or options.dtype is None else options.dtype
-    world = orrery.load(folder, options.device, dtype, speed=DENSE if name in WITHOUT else name)
+    world = orrery.load(folder, options.device, speed=DENSE if name in WITHOUT else name)
     patched = norm_and_rotation_apart if name == WITHOUT[1] else nullcontext
 
     def run(request: Any) -> tuple[Tensor, Video]:
@@ -360,7 +359,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, help="over which errors are averaged; 6 of mini, else 1")
     parser.add_argument("--repeats", type=int, help="rounds that are timed; 7 of mini, else 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of rungs that name none; default as `orrery.load` chooses")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of random weights in their file; float32 on a CPU, else bfloat16"
+    )
     parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, on a CPU that others use too")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--readme", action="store_true", help="write the table of README.md from the results, no more")

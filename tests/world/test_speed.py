@@ -146,7 +146,9 @@ def test_bfloat16_and_int8_stay_close(dense: torch.Tensor, capfd: pytest.Capture
     for words in ("exact dtype=bfloat16", "exact quantise=int8"):
         assert 0 < apart(latents(orrery.load("mini", "cpu", speed=words)), dense) < 0.03
     assert "int8: 60 linear layers in 8 bits" in capfd.readouterr().err
-    assert orrery.load("mini", "cpu", "float32", speed="exact dtype=bfloat16").dtype == torch.float32
+    plain = orrery.load("mini", "cpu", "float32", speed="exact dtype=bfloat16")
+    assert plain.dtype == plain.model.vae_dtype == torch.float32
+    assert orrery.load("mini", "cpu", speed="exact dtype=bfloat16").model.vae_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("placement", ["resident", "stages", "blocks"])

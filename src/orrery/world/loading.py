@@ -59,8 +59,9 @@ def load(
     files = find_model(name_or_path, image=image, **options)
     where = pick_device(device)
     speed = speed_of(speed, files.config, where)
-    numbers = pick_dtype(speed.dtype if dtype is None else dtype, files, where)
-    on_cpu = DTYPES["float32" if speed.dtype is None else speed.dtype]
+    asked = speed.dtype if dtype is None else None
+    numbers = pick_dtype(dtype if asked is None else asked, files, where)
+    on_cpu = DTYPES["float32" if asked is None else asked]
     vae_dtype = DTYPES[files.config.vae_dtype] if where.type == "cuda" else on_cpu
     shapes = transformer_shapes(files.config.transformer) if loras else {}
     pairs = [each if isinstance(each, tuple) else (each, 1.0) for each in loras]
