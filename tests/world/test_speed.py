@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -211,6 +212,38 @@ def test_the_kernel_that_is_named_is_used_and_left_again(monkeypatch: pytest.Mon
     monkeypatch.setitem(kernels.KERNELS, "mine", mine)
     drawn = latents(orrery.load("mini", "cpu", speed="exact attention=mine"))
     assert torch.equal(drawn, dense) and len(runs) == 20 * 7 * 2 and kernels.current_kernel() == "sdpa"
+
+
+def test_a_rollout_takes_kernel_and_steps_and_says_what_it_does_not_take(
+    acting_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    deeds, table = np.zeros((8, 2), np.float32), np.zeros((64, 64, 3), np.uint8)
+    plain = orrery.load(acting_folder, "cpu")
+    expected = plain.rollout(table, deeds, steps=1)
+    assert plain.spent == Spent(2, 0, 0.0) and "rollout" not in capfd.readouterr().err
+    runs: list[str] = []
+    mine = dataclasses.replace(
+        kernels.KERNELS["sdpa"], name="mine", run=lambda q, k, v: (runs.append("mine"), kernels._sdpa(q, k, v))[1]
+    )
+    monkeypatch.setitem(kernels.KERNELS, "mine", mine)
+    world = orrery.load(acting_folder, "cpu", speed="exact attention=mine steps=1 cache=0.1")
+    assert (world.rollout(table, deeds).frames == expected.frames).all()
+    assert len(runs) == 2 * 2 * len(world.model.transformer.blocks) and kernels.current_kernel() == "sdpa"
+    assert "a rollout makes all its steps, and has no guidance: cache and interval do nothing" in capfd.readouterr().err
+
+
+def test_a_sparse_pattern_runs_by_the_backend_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = Pattern((-1, 3, 3))
+    monkeypatch.setitem(PUBLISHED, "2b", (None,) * 6 + (pattern,))
+    asked: list[tuple] = []
+    monkeypatch.setattr(rungs, "choose_backend", lambda *about: asked.append(about) or "masked")
+    world = orrery.load("mini", "cpu", speed="exact sparse=2b")
+    by_mask = latents(world, steps=2)
+    assert asked == [((2, 80, 4, 64), (5, 4, 4), pattern, torch.float32, CPU)]
+    assert [block.self_attn.sparse for block in world.model.transformer.blocks][5:] == [None, (pattern, "masked")]
+    monkeypatch.undo()
+    monkeypatch.setitem(PUBLISHED, "2b", (None,) * 6 + (pattern,))
+    assert torch.allclose(latents(orrery.load("mini", "cpu", speed="exact sparse=2b"), steps=2), by_mask, atol=1e-4)
 
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """One function in front of every attention kernel; which one serves it, by what measurement.
 
-`attention` runs torch's scaled_dot_product_attention (SDPA), the reference, until `set_kernel` or `using` names another
+`attention` runs torch's scaled_dot_product_attention (SDPA), the reference, until `using` names another
 kernel: SDPA held to one of its own kernels, FlashAttention 2 (arXiv 2307.08691), 3 (arXiv 2407.08608) or 4
 (arXiv 2603.05451), or SageAttention (arXiv 2411.10958), whose 8-bit operands make it inexact. `choose` times the exact
 ones on the shape at hand. Packages are imported when they are asked for, and only then.
@@ -147,7 +147,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full bidirectional attention, scaled by 1/sqrt(dim), by the kernel that `set_kernel` or `using` named.
+    """Full bidirectional attention, scaled by 1/sqrt(dim), by the kernel that `using` named.
 
     q [B, Nq, heads, dim], k and v [B, Nk, heads, dim], one dtype and one device -> [B, Nq, heads, dim].
     A k and v of batch 1 serve every item of the batch. On the meta device it is always SDPA. ValueError where the
@@ -219,12 +219,6 @@ def current_kernel() -> str:
 def _apply() -> None:
     global _current
     _current = _asked_for[-1][1]
-
-
-def set_kernel(name: str, dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None) -> None:
-    """Let `attention` run a kernel from here on, in the whole process, outside of `using`. See `find_kernel`."""
-    _asked_for[0] = (None, _announced(name, dtype, device))
-    _apply()
 
 
 @contextmanager

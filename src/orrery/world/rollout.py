@@ -24,6 +24,7 @@ from orrery.nn.vae_blocks import Stream
 from orrery.video import Video, to_frames, to_pixels
 from orrery.weights import ActionConfig
 from orrery.world.request import Start, as_video, whole
+from orrery.world.speed import Spent, attention_kernel
 
 if TYPE_CHECKING:
     from orrery.world.world import World
@@ -56,7 +57,10 @@ class Rollout:
     ) -> None:
         self.world, self.actions = world, actions_of(world)
         sampling = world.config.sampling
-        steps = whole("steps", sampling.steps if steps is None else steps, 1, 1000)
+        if world.speed.cache or world.speed.guidance_interval:
+            note("speed: a rollout makes all its steps, and has no guidance: cache and interval do nothing here")
+        own = world.speed.steps_of(world.config) or sampling.steps
+        steps = whole("steps", own if steps is None else steps, 1, 1000)
         self.schedule = shift_schedule(steps, sampling.shift, sampling.exact_times)
         self.solver, self.conditional_timestep = sampling.solver, sampling.conditional_timestep
         self.factor = world.factors.temporal
@@ -153,7 +157,10 @@ class Rollout:
             index = self._index(here)
             before = told.new_zeros(len(here), length - 1, told.shape[2])  # given frames are told no action
             network = partial(self._velocity, torch.cat([before, told[index]], dim=1))
-            drawn = roll_on(network, past, noise, self.schedule, self.conditional_timestep, self.solver)
+            seen = (length + count, height, width)
+            with attention_kernel(self.world.speed, self.world.model.transformer, len(here), seen, self.world.device):
+                drawn = roll_on(network, past, noise, self.schedule, self.conditional_timestep, self.solver)
+            self.world.spent.add(len(self.schedule), 0, 0.0)
             new[index] = drawn
         frames = self._decode(new, rows)
         for i, row in enumerate(rows):
@@ -224,7 +231,7 @@ def run_rollout(
     Raises:
         InputError: a model that takes no actions; actions of another shape, too few, or not finite.
     """
-    rollout = Rollout(world, [start], [seed], prompt=prompt, steps=steps)
+    rollout, world.spent = Rollout(world, [start], [seed], prompt=prompt, steps=steps), Spent()
     values = np.asarray(actions, dtype=np.float32)
     if values.ndim != 2 or values.shape[1] != rollout.actions.dimensions:
         raise InputError(f"actions are {list(values.shape)}; allowed is [N, {rollout.actions.dimensions}]")

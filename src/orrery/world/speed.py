@@ -21,6 +21,7 @@ from orrery.errors import InputError, note
 from orrery.nn.control import ControlBranch
 from orrery.nn.dit import Block, DiT
 from orrery.nn.kernels import KERNELS, choose, find_kernel, using
+from orrery.nn.neighbourhood import choose_backend
 from orrery.nn.neighbourhood_pattern import PUBLISHED, attention_share
 from orrery.nn.quantise import WAYS, quantise
 from orrery.nn.vae import VAE
@@ -263,12 +264,20 @@ def check_compiler(device: torch.device) -> None:
 
 
 def attention_kernel(
-    speed: Speed, network: DiT, batch: int, tokens: int, device: torch.device
+    speed: Speed, network: DiT, batch: int, latents: Sequence[int], device: torch.device
 ) -> AbstractContextManager:
-    """Within the block, attention runs the kernel that was asked for, or the fastest exact one for so many tokens."""
+    """Within the block, attention runs the kernel that was asked for, or the fastest exact one for latents (T, H, W);
+    where it is sparse, each pattern by the fastest of its backends."""
     config, name, dtype = network.config, speed.attention, network.dtype
+    t, h, w = (side // step for side, step in zip(latents, config.patch, strict=True))
+    shape = (batch, t * h * w, config.heads, config.head_dim)
+    if speed.sparse is not None:
+        for block in network.blocks:
+            attention = cast(Block, block).self_attn
+            if attention.sparse is not None:
+                pattern = attention.sparse[0]
+                attention.sparse = pattern, choose_backend(shape, (t, h, w), pattern, dtype, device)
     if name == "auto":
-        shape = (batch, tokens, config.heads, config.head_dim)
         name = choose(shape, shape, dtype, device)
     if name == "sdpa":
         return nullcontext()
@@ -280,7 +289,7 @@ def attention_kernel(
 
 
 FEW_STEPS = 8
-SPARSE_BACKEND = "gather"  # any kernel, any device
+SPARSE_BACKEND = "gather"  # any kernel, any device, until `attention_kernel` has measured
 PUBLISHED_GRID = (24, 44, 80)  # tokens of 93 frames of 704x1280
 PRESETS = {
     "exact": Speed(),

@@ -346,10 +346,7 @@ class World:
 
     def _latents(self, request: Request, plan: Plan, progress: Progress | None, show: Show | None = None) -> Tensor:
         """Normalised latents [1, C, T, H, W] of the whole video, chunk after chunk."""
-        total = self._latent_frames(request.frames)
-        native = self._drawn(total)
-        overlap = min(request.overlap, native - 1)
-        chunks = 1 + max(0, math.ceil((total - native) / (native - overlap)))
+        total, native, overlap, chunks = self._layout(request)
         embeddings = self._embed(request, plan)
         known = self._known(request, plan)
         latents = known[:, :, :0]
@@ -368,10 +365,7 @@ class World:
     ) -> Video:
         """A long video chained as the official code does it: each chunk is decoded, rounded to uint8, and its last
         frames are encoded again as the given frames of the next (specification, section 4.7)."""
-        total = self._latent_frames(request.frames)
-        native = self._drawn(total)
-        overlap = min(request.overlap, native - 1)
-        chunks = 1 + max(0, math.ceil((total - native) / (native - overlap)))
+        _, native, overlap, chunks = self._layout(request)
         again = (overlap - 1) * self.factors.temporal + 1
         embeddings = self._embed(request, plan)
         known, pieces = self._known(request, plan), []
@@ -386,6 +380,13 @@ class World:
             pieces.append(video.frames[again if index else 0 :])
             known = self._encode(video[-again:], plan)
         return Video(np.concatenate(pieces)[: request.frames], self.config.fps)
+
+    def _layout(self, request: Request) -> tuple[int, int, int, int]:
+        """In latent frames: of the video, of a chunk, what a chunk repeats of the one before; and how many chunks."""
+        total = self._latent_frames(request.frames)
+        native = self._drawn(total)
+        overlap = min(request.overlap, native - 1)
+        return total, native, overlap, 1 + max(0, math.ceil((total - native) / (native - overlap)))
 
     def _latent_frames(self, frames: int) -> int:
         return (frames - 1) // self.factors.temporal + 1
@@ -479,8 +480,7 @@ class World:
         velocity, x = (cache, noise) if edit is None else edit.begin(cache, schedule, given, noise)
         if show is not None:
             velocity = watched(velocity, schedule, lambda step, x0: show(step, len(schedule), x0))
-        tokens = math.prod(side // step for side, step in zip(shape[2:], self.factors.patch, strict=True))
-        with attention_kernel(self.speed, transformer, len(texts) if plan.side_by_side else 1, tokens, self.device):
+        with attention_kernel(self.speed, transformer, len(texts) if plan.side_by_side else 1, shape[2:], self.device):
             latents = solve(velocity, x, schedule, sampling.solver, report)
         self.spent.add(cache.evaluations, cache.skipped, cache.estimated_error)
         return latents
