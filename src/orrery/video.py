@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 PIXEL_FORMATS = ("yuv420p", "yuv444p")
 BT709 = 1  # the code of BT.709 for matrix, primaries and transfer alike (ITU-T H.273)
+SMALL = 256 * 256  # pixels a frame up to which starting threads costs more than they save
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,11 +296,12 @@ def _read_video(path: Path, last: int | None, first: int | None) -> Video:
             if not container.streams.video:
                 raise InputError(f"cannot read {path}: there is no video in it")
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
+            small = stream.width * stream.height <= SMALL
+            stream.thread_type = "NONE" if small else "AUTO"
             fps = stream.average_rate or stream.guessed_rate
             for frame in islice(container.decode(stream), first):
-                frames.append(_rgb(frame) if last is None else frame)
-            decoded = [frame if isinstance(frame, np.ndarray) else _rgb(frame) for frame in frames]
+                frames.append(_rgb(frame, small) if last is None else frame)
+            decoded = [frame if isinstance(frame, np.ndarray) else _rgb(frame, small) for frame in frames]
     except (av.FFmpegError, OSError) as error:
         raise InputError(f"cannot read {path}: it is not a video that can be decoded ({error.strerror})") from error
     if not decoded:
@@ -307,8 +309,8 @@ def _read_video(path: Path, last: int | None, first: int | None) -> Video:
     return Video(np.stack(decoded), float(fps) if fps else 24.0)
 
 
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame as [H, W, 3] uint8, upright."""
-    pixels = frame.to_ndarray(format="rgb24")
+def _rgb(frame: av.VideoFrame, small: bool) -> np.ndarray:
+    """A decoded frame as [H, W, 3] uint8, upright. small: one thread converts it (0: as many as there are cores)."""
+    pixels = frame.to_ndarray(format="rgb24", threads=1 if small else 0)
     quarter_turns = round(frame.rotation / 90) % 4
     return np.rot90(pixels, quarter_turns) if quarter_turns else pixels

@@ -75,6 +75,35 @@ def test_other_kernels_are_given_keys_of_their_own(monkeypatch: pytest.MonkeyPat
     assert seen == [(9 * 3 * 16, 9 * 3 * 16, 2)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_and_their_gradients_are_those_of_sdpa(dtype: torch.dtype) -> None:
+    found = []
+    for name in ("products", "sdpa"):
+        q, k, v = (each.detach().to(dtype).requires_grad_() for each in qkv())
+        with using(name, dtype):
+            out = attention(q, k, v)
+        out.float().square().sum().backward()
+        assert out.dtype == dtype
+        found.append([out, q.grad, k.grad, v.grad])
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine - theirs).abs().max() < {torch.float32: 2e-6, torch.bfloat16: 0.02}[dtype] * theirs.abs().max()
+
+
+def test_a_kernel_that_holds_all_scores_is_not_tried_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    monkeypatch.setattr(kernels, "random_qkv", lambda *_: (None, None, None))
+    tried: list[str] = []
+
+    def measured(candidates: dict[str, object], device: torch.device) -> kernels.Measured:
+        tried.extend(candidates)
+        return kernels.Measured(best="sdpa")
+
+    monkeypatch.setattr(kernels, "measure", measured)
+    kernels._measured_choice((1, 8, 1, 16), (1, 8, 1, 16), torch.bfloat16, torch.device("cuda"))
+    assert "sdpa" in tried and "products" not in tried
+
+
 @pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 def test_sdpa_can_be_held_to_a_kernel(backend: SDPBackend) -> None:
     q, k, v = qkv()
@@ -130,8 +159,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None
 def test_what_a_gpu_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch, (12, 0))
     find = {name: kernel.unavailable(torch.bfloat16, "cuda") for name, kernel in KERNELS.items()}
-    assert [name for name, reason in find.items() if not reason][:4] == [
-        "sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient",
+    assert [name for name, reason in find.items() if not reason][:5] == [
+        "sdpa", "products", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient",
     ]  # fmt: skip
     assert find["flash-attn-3"] == "it is built for compute capability 9.x, this GPU has 12.0"
     assert "torch.float32" in KERNELS["sdpa-flash"].unavailable(torch.float32, "cuda")
@@ -139,7 +168,7 @@ def test_what_a_gpu_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_and_unavailable_kernels_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'flash'; allowed are sdpa; not available are .*flash-attn-3.*CUDA GPU"):
+    with pytest.raises(ValueError, match=r"'flash'; allowed are sdpa, products; not available are .*flash-attn-3.*CUDA GPU"):
         find_kernel("flash", device="cpu")
     with pytest.raises(ValueError, match=r"'flash-attn-3' is not available: it needs a CUDA GPU.*available are sdpa"):
         find_kernel("flash-attn-3", device="cpu")

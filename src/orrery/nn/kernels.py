@@ -1,9 +1,9 @@
 """One function in front of every attention kernel; which one serves it, by what measurement.
 
 `attention` runs torch's scaled_dot_product_attention (SDPA), the reference, until `using` names another
-kernel: SDPA held to one of its own kernels, FlashAttention 2 (arXiv 2307.08691), 3 (arXiv 2407.08608) or 4
-(arXiv 2603.05451), or SageAttention (arXiv 2411.10958), whose 8-bit operands make it inexact. `choose` times the exact
-ones on the shape at hand. Packages are imported when they are asked for, and only then.
+kernel: plain matrix products, SDPA held to one of its own kernels, FlashAttention 2 (arXiv 2307.08691), 3 (arXiv
+2407.08608) or 4 (arXiv 2603.05451), or SageAttention (arXiv 2411.10958), whose 8-bit operands make it inexact. `choose`
+times the exact ones on the shape at hand. Packages are imported when they are asked for, and only then.
 """
 
 import functools
@@ -31,6 +31,13 @@ MARGIN = 0.98  # a kernel replaces the reference only where it takes less than t
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The reference. The arguments stand by position: who counts memory or arithmetic looks for them there."""
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two matrix products and the softmax in float32 between them, with all Nq x Nk scores in memory."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores.float().softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
 def _held_to(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -84,7 +91,7 @@ class Kernel:
 
     exact: it differs from the reference by rounding alone. run: q [B, Nq, heads, dim], k and v [B, Nk, heads, dim] ->
     [B, Nq, heads, dim]. capabilities: the major compute capabilities of the CUDA GPUs that it runs on; None for
-    any device.
+    any device. scores: it holds all Nq x Nk scores in memory, so it is for short sequences; `choose` passes it over.
     """
 
     name: str
@@ -92,6 +99,7 @@ class Kernel:
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     dtypes: tuple[torch.dtype, ...] | None = HALF
     capabilities: tuple[int, ...] | None = (8, 9, 10, 11, 12)
+    scores: bool = False
 
     def unavailable(self, dtype: torch.dtype, device: str | torch.device) -> str:
         """Why it cannot serve tensors of a dtype on a device, or an empty string."""
@@ -112,6 +120,7 @@ KERNELS = {
     kernel.name: kernel
     for kernel in (
         Kernel("sdpa", True, _sdpa, None, None),
+        Kernel("products", True, _products, None, None, scores=True),
         Kernel("sdpa-cudnn", True, _held_to(SDPBackend.CUDNN_ATTENTION)),
         Kernel("sdpa-flash", True, _held_to(SDPBackend.FLASH_ATTENTION)),
         Kernel("sdpa-efficient", True, _held_to(SDPBackend.EFFICIENT_ATTENTION), (*HALF, torch.float32)),
@@ -360,7 +369,8 @@ def _measured_choice(
     q_shape: tuple[int, ...], kv_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> str:
     about = f"attention {list(q_shape)} x {list(kv_shape)} {dtype} on {torch.cuda.get_device_name(device)}"
-    reasons = {name: kernel.unavailable(dtype, device) for name, kernel in KERNELS.items() if kernel.exact}
+    tried = {name: kernel for name, kernel in KERNELS.items() if kernel.exact and not kernel.scores}
+    reasons = {name: kernel.unavailable(dtype, device) for name, kernel in tried.items()}
     try:
         q, k, v = random_qkv(q_shape, kv_shape, dtype, device)
         runs = {name: functools.partial(KERNELS[name].run, q, k, v) for name, reason in reasons.items() if not reason}

@@ -118,6 +118,10 @@ class ControlTask(FlowTask):
     def _held_control(self, indices: list[int]) -> Tensor:
         return self.held_control.latents[indices, 0].float().to(self.device)
 
+    def networks(self) -> list[nn.Module]:
+        """The branch, and the base beside it."""
+        return [self.model, self.base]
+
     def plain(self, name: str) -> bool:
         """The embedder of the control video is a first layer too."""
         return super().plain(name) or "control_embedder." in name

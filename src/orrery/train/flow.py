@@ -148,7 +148,7 @@ class FlowTask:
             transformer = DiT(replace(config, text_dim=text_config.text_dim))
         except ValueError as error:
             raise InputError(f"recipe: {error}") from None
-        return nn.ModuleDict({"transformer": transformer, "text": text})
+        return nn.ModuleDict({"transformer": transformer, "text": text.requires_grad_(not recipe.text.frozen)})
 
     def _base(self, model: nn.Module) -> nn.Module:
         """Where `transformer` and `text` are, for a model that is trained."""
@@ -166,6 +166,10 @@ class FlowTask:
     def _held_control(self, indices: list[int]) -> Tensor | None:
         """Control latents of these held-out clips."""
         return None
+
+    def networks(self) -> list[nn.Module]:
+        """The model alone."""
+        return [self.model]
 
     def plain(self, name: str) -> bool:
         """Embeddings, first and last layers, and everything that makes modulation out of time are AdamW's."""

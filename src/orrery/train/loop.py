@@ -10,7 +10,8 @@ import json
 import signal
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from orrery.errors import InputError
+from orrery.nn.kernels import using
 from orrery.train.checkpoint import CheckpointFolder, write_text
 from orrery.train.export import commit
+from orrery.train.networks import compile_regions
 from orrery.train.optim import EMA, Optimizers, schedule
 from orrery.train.recipe import Recipe, changed_keys, parse_recipe, recipe_json
-from orrery.train.report import Report
+from orrery.train.report import Report, duration
 
 PATIENCE = 50  # skipped steps in a row after which a run gives up
 
@@ -59,6 +62,10 @@ class Task(Protocol):
 
     model: nn.Module
     clips: int  # clips a step
+
+    def networks(self) -> list[nn.Module]:
+        """Everything that a step runs through: the model, and what is frozen beside it."""
+        ...
 
     def plain(self, name: str) -> bool:
         """Whether the matrix of this name belongs to AdamW even in a Muon run."""
@@ -128,6 +135,8 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is not None:
             self._load(latest)
+        if recipe.compile:
+            compile_regions(task.networks())
 
     def _load(self, path: Path) -> None:
         state = CheckpointFolder.load(path)
@@ -177,7 +186,7 @@ class Trainer:
     def train_step(self) -> tuple[bool, dict[str, Tensor | float]]:
         """One step: batch, loss, gradient, update. Returns (whether the weights moved, numbers to log)."""
         batch = self.task.batch()
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+        with self._arithmetic():
             loss, values = self.task.loss(self.task.model, batch)
         loss.backward()
         moved, norm = self.optimizers.step(self.step, loss)
@@ -193,6 +202,17 @@ class Trainer:
                 )
         self.step += 1
         return moved, {"loss": loss.detach(), "grad_norm": norm, **{k: v.detach() for k, v in values.items()}}
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Autocast where the recipe wants it. On a CPU attention is then plain products: the sequences are short, and
+        the backward pass of SDPA's bfloat16 kernel takes many times as long there."""
+        if not self.bf16:
+            yield
+            return
+        plain = using("products", device=self.device) if self.device.type == "cpu" else nullcontext()
+        with plain, torch.autocast(self.device.type, torch.bfloat16):
+            yield
 
     def run(self, max_seconds: float | None = None) -> bool:
         """Train to the recipe's last step, or until `max_seconds` or SIGINT/SIGTERM; save and say so in each case.
@@ -233,6 +253,9 @@ class Trainer:
                             report.say(f"saved {path}")
                     if validate:  # after saving: a picture that cannot be written costs no step
                         self._validate(report)
+                    if last:
+                        seen = f"{steps:,} steps, {steps * self.task.clips:,} clips"
+                        report.say(f"{self.folder}: {seen}, {duration(self.seconds)} in all")
                 if self._stop is not None:
                     report.say(f"stopped at step {self.step} of {steps}: {self._stop}; the same command continues")
         finally:
@@ -253,14 +276,14 @@ class Trainer:
     def _opening(self) -> str:
         count = sum(p.numel() for p in self.task.model.parameters())
         start = f"continues at step {self.step}" if self.step else "starts"
-        precision = "bf16 autocast" if self.bf16 else "fp32"
+        precision = ("bf16 autocast" if self.bf16 else "fp32") + (", compiled" if self.recipe.compile else "")
         return (
             f"{self.folder} {start} of {self.recipe.steps}: {count / 1e6:.2f}M parameters on {self.device}, {precision}"
         )
 
     def _validate(self, report: Report) -> None:
         model = self.ema.model
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if self.recipe.compile else nullcontext():
             report.validation(self.step, self.task.validate(model))
             if self.recipe.validation.sheet:
                 self.task.sheet(model, self.folder / "sheets" / f"step-{self.step:09d}.png")

@@ -1,10 +1,18 @@
-"""A network's frozen config out of a recipe."""
+"""A network's frozen config out of a recipe; the parts of a network that torch.compile takes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from orrery.errors import InputError
+from orrery.nn.dit import Block
+from orrery.nn.vae import Decoder, Encoder
+
+REGIONS = (Block, Encoder, Decoder)
+SHAPES = 64  # versions of one function that torch.compile may keep: a VAE has blocks of many widths
 
 
 def configure(presets: Mapping[str, Any], preset: str, override: Mapping[str, Any], what: str) -> Any:
@@ -28,3 +36,15 @@ def configure(presets: Mapping[str, Any], preset: str, override: Mapping[str, An
         return replace(config, **values)
     except (TypeError, ValueError) as error:
         raise InputError(f"{what}.override: {error}") from None
+
+
+def compile_regions(networks: Iterable[nn.Module]) -> None:
+    """Let torch.compile have the blocks of transformers and the halves of VAEs, in place, for the shapes they meet.
+
+    The blocks of a transformer share one compiled version a shape: the first step takes seconds and not minutes.
+    """
+    torch._dynamo.config.recompile_limit = SHAPES
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, REGIONS):
+                module.compile(dynamic=False)

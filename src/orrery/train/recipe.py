@@ -97,6 +97,7 @@ class _Run(_Table):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU; weights are fp32
     threads: Count | None = None
+    compile: bool = False  # torch.compile for the steps: a minute before the first one, then up to twice as fast
     batch: Count = 8
     optimizer: OptimizerRecipe = OptimizerRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
@@ -113,6 +114,12 @@ class NetworkRecipe(_Table):
 
     preset: str = "mini"
     override: dict[str, Any] = {}
+
+
+class TextRecipe(NetworkRecipe):
+    """frozen: keep the text encoder as it was drawn; what words mean is then left to the cross-attention."""
+
+    frozen: bool = False
 
 
 class VAELossRecipe(_Table):
@@ -181,7 +188,7 @@ class FlowRecipe(_ClipRun):
     task: Literal["flow"]
     latents: LatentRecipe
     transformer: NetworkRecipe = NetworkRecipe()
-    text: NetworkRecipe = NetworkRecipe()
+    text: TextRecipe = TextRecipe()
     loss: FlowLossRecipe = FlowLossRecipe()
     validation: FlowValidateRecipe = FlowValidateRecipe()
 
@@ -342,8 +349,8 @@ _TASKS: dict[str, Any] = {
 
 # What a resumed run may change: it moves the end, the place or the reporting, not what the steps so far were.
 RESUMABLE = frozenset(
-    "steps device precision threads out checkpoint validation log data.root data.cache_gb latents.vae latents.batch"
-    " statistics_clips".split()
+    "steps device precision threads compile out checkpoint validation log data.root data.cache_gb latents.vae"
+    " latents.batch statistics_clips".split()
 )
 
 

@@ -96,6 +96,10 @@ class VAETask:
         self.clips = recipe.batch
         self.order = ShuffledOrder(len(train), recipe.seed)
 
+    def networks(self) -> list[nn.Module]:
+        """The model alone."""
+        return [self.model]
+
     def plain(self, name: str) -> bool:
         """First and last layers (they meet pixels) are AdamW's."""
         return name.startswith(("encoder.conv1.", "decoder.head.2."))
@@ -139,7 +143,7 @@ class VAETask:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """PSNR in dB of held-out clips, the mean over clips: all pixels, and moving things alone."""
+        """PSNR in dB of held-out clips, the mean over clips: all pixels, moving things alone, and each scene's."""
         assert isinstance(model, VAE)
         frames, masks = self._heldout(self.recipe.validation.clips)
         whole, moving = [], []
@@ -149,8 +153,15 @@ class VAETask:
             whole.append(psnr(decoded, frames[part]))
             if masks is not None:
                 moving.append(psnr(decoded, frames[part], masks[part]))
-        found = {"psnr": float(torch.cat(whole).mean())}
-        return found | ({"psnr_foreground": float(torch.cat(moving).mean())} if moving else {})
+        values = torch.cat(whole)
+        found = {"psnr": float(values.mean())}
+        if moving:
+            found["psnr_foreground"] = float(torch.cat(moving).mean())
+        scenes = [entry.scene for entry in self.heldout.entries[: len(values)]]
+        if len(set(scenes)) > 1:
+            for scene in sorted(set(scenes)):
+                found[f"psnr_{scene}"] = float(values[[each == scene for each in scenes]].mean())
+        return found
 
     @torch.no_grad()
     def sheet(self, model: nn.Module, path: Path) -> None:
