@@ -44,20 +44,24 @@ lint: $(TOOLS)  ## Style, types, and the floors of the house
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-DROP_CLIPS ?= 4320
-PUSH_CLIPS ?= 2460
-TABLE_CLIPS ?= 2105
+DROP_CLIPS ?= 9000
+PUSH_CLIPS ?= 6000
+TABLE_CLIPS ?= 1600
+EPISODES   ?= 2301
 SIM        := $(BIN)/orrery sim
 SIM_INTO   := --workers $(WORKERS) -o data/mini
 CONTROL    := $(BIN)/orrery train recipes/mini-control.toml
 
-mini: mini-base mini-control mini-tabletop  ## Make orrery-mini again from nothing (hours without a GPU; resumable)
+mini: mini-base mini-control mini-tabletop  ## Train the models that ship again from nothing (a day of two cores; resumable)
+	$(BIN)/python benchmarks/model_card.py --stages
 
 mini-worlds: $(STAMP) gl
 	$(SIM) drop --clips $(DROP_CLIPS) $(SIM_INTO)
 	$(SIM) push --clips $(PUSH_CLIPS) $(SIM_INTO)
 	$(SIM) drop --seed 1000000 --clips 240 $(SIM_INTO)
 	$(SIM) push --seed 1000000 --clips 160 $(SIM_INTO)
+	$(SIM) tabletop --clips $(TABLE_CLIPS) --frames 33 --without depth $(SIM_INTO)
+	$(SIM) tabletop --seed 1000000 --clips 64 --frames 33 --without depth $(SIM_INTO)
 
 mini-base: mini-worlds  ## Its VAE, transformer and preview decoder
 	$(BIN)/orrery train recipes/mini-vae.toml
@@ -73,7 +77,7 @@ mini-control: mini-worlds  ## Its control branches, beside the transformer in th
 	done
 
 mini-episodes: $(STAMP) gl
-	$(SIM) tabletop --clips $(TABLE_CLIPS) --frames 65 --without depth,segmentation --workers $(WORKERS) -o data/tabletop
+	$(SIM) tabletop --clips $(EPISODES) --frames 65 --without depth,segmentation --workers $(WORKERS) -o data/tabletop
 	$(SIM) tabletop --seed 1000000 --clips 96 --frames 65 --without depth,segmentation --workers $(WORKERS) -o data/tabletop
 
 mini-tabletop: mini-episodes  ## Its transformer post-trained on a robot's actions

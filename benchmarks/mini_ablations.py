@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import made_line, provenance, table, write_results
+from common import RESULTS, made_line, provenance, table, write_results
 
 from orrery.errors import note
+from orrery.files import atomic_file
 from orrery.train.flow import FlowTask
 from orrery.train.loop import Trainer, pick_device
 from orrery.train.recipe import FlowRecipe, VAERecipe, load_recipe
@@ -103,6 +104,7 @@ SIZES = {
     "9.1 M": (),
     "19 M": ("transformer.override={width=384,depth=7,heads=6}",),
 }
+SHIPPED = "what ships"
 BUDGETS = (100, 300, 900)  # seconds of one core
 
 
@@ -280,6 +282,59 @@ def markdown(part: str, rows: list[dict[str, Any]], made: dict[str, Any]) -> str
     return "\n".join(lines)
 
 
+def shipped(options: argparse.Namespace) -> dict[str, Any]:
+    """The finished run of what ships, judged like the rows. Comparable where --vae is its own."""
+    sets = [f"out={options.shipped}", f"data.root={options.data}", "threads=1", f"validation.clips={JUDGED}"]
+    recipe = load_recipe(recipe_of("scale"), sets)
+    trainer = open_run(recipe, pick_device("cpu"))
+    found = {"name": SHIPPED, "steps": trainer.step, "clips": trainer.step * trainer.task.clips}
+    found |= {"parameters": sum(p.numel() for p in trainer.task.model.parameters()), "seconds": round(trainer.seconds)}
+    with torch.no_grad():
+        found |= trainer.task.validate(trainer.ema.model) | judged_flow(trainer)
+    return found | {"petaflop": 3 * found["clips"] * forward_flop(trainer) / 1e15}
+
+
+def frontier(rows: list[dict[str, Any]], key: str) -> tuple[float, float]:
+    """(a, b) of value = a petaflop^b through the best row of each budget."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        budget = row["name"].rpartition(", ")[2]
+        if budget not in best or row[key] < best[budget][key]:
+            best[budget] = row
+    x, y = np.log([row["petaflop"] for row in best.values()]), np.log([row[key] for row in best.values()])
+    b, a = np.polyfit(x, y, 1)
+    return float(np.exp(a)), float(b)
+
+
+def draw_scale(rows: list[dict[str, Any]], path: Path) -> list[str]:
+    """The curve as a picture, and what it says in lines of Markdown."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
+    lines = ["", "Through the best size of each budget:", ""]
+    for axis, (key, title) in zip(axes, (("loss", "velocity loss"), ("radii", "centroid error, radii")), strict=True):
+        for size in SIZES:
+            mine = [row for row in rows if row["name"].startswith(f"{size},")]
+            if mine:
+                axis.loglog(
+                    [r["petaflop"] for r in mine], [r[key] for r in mine], "o-", ms=4, label=f"{size} parameters"
+                )
+        shipped = [row for row in rows if row["name"] == SHIPPED]
+        axis.loglog([r["petaflop"] for r in shipped], [r[key] for r in shipped], "k*", ms=11, label=SHIPPED)
+        small = [row for row in rows if row["name"] != SHIPPED]
+        if len({row["name"].rpartition(", ")[2] for row in small}) > 1:
+            a, b = frontier(small, key)
+            far = np.geomspace(min(r["petaflop"] for r in rows), 10 * max(r["petaflop"] for r in rows), 40)
+            axis.loglog(far, a * far**b, "--", color="0.6", lw=1)
+            lines.append(f"- {title}: {a:.3g} x petaflop^{b:.3f}, so x {2**b:.3f} for twice the compute")
+        axis.set(title=title, xlabel="petaflop of training")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=8)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+    return lines
+
+
 def planned(part: str, options: argparse.Namespace) -> Iterator[tuple[Row, int]]:
     """The rows of a part with their steps, which are measured when a row's turn comes."""
     if part == "scale":
@@ -311,6 +366,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "mini")
     parser.add_argument("--vae", default=str(ROOT / "src/orrery/weights/mini"), help="whose latents, for flow, scale")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations")
+    parser.add_argument("--shipped", type=Path, help="run directory of what ships, as a point of scale")
     parser.add_argument("--calibrate", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.steps = options.steps or (1200 if options.part == "vae" else 300)
@@ -326,6 +382,11 @@ def main() -> None:
         found.append(run(options.part, row, steps, options))
         data = {"made": provenance(), "rows": found}
         paths = write_results(f"mini_ablations_{options.part}", data, markdown(options.part, found, data["made"]))
+    if options.part == "scale":
+        if options.shipped is not None:
+            found.append(shipped(options))
+        text = [markdown("scale", found, data["made"]), *draw_scale(found, RESULTS / "mini_ablations_scale.png")]
+        paths = write_results("mini_ablations_scale", data | {"rows": found}, "\n".join(text))
     print(f"wrote {paths[0]} and .md")
 
 

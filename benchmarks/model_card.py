@@ -1,9 +1,9 @@
-"""The cards of the models that ship: `python benchmarks/model_card.py [--check]`.
+"""The cards of the models that ship: `python benchmarks/model_card.py [--stages | --check]`.
 
 Puts together what the exported configs say of their training, what the benchmarks in results/ measured, and what
 docs/mini.md says goes wrong; writes README.md of each model folder and prints the table of its stages. A result of
 other weights than those in the folder is refused, so a card never praises a model that is gone. `--check` writes
-nothing and fails where a card would change.
+nothing and fails where a card would change; `--stages` prints the tables alone.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from orrery.files import atomic_file
 from orrery.train.report import duration
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ROOT / "src" / "orrery" / "weights"
 FIGURE = {"loss": "velocity loss {:.3f}", "psnr": "{:.2f} dB", "rollout": "rollout {:.3f}"}
 
 
@@ -131,9 +132,10 @@ def tabletop_figures(weights: str) -> list[str]:
     names = {"model": "told the robot's actions", "shuffled": "told another's", "copied": "first frame"}
     rows = [[title, *(f"{means[key][t][0]:.1f}" for t in times)] for key, title in names.items() if key in means]
     pearson = judged["comparison"]["pearson"]["value"]
+    robots = f"{len(judged['policies'])} robots judged in it and in MuJoCo"
     return [
         "### Told a robot's actions", "", *table(heads, rows), "",
-        f"{len(judged['policies'])} robots judged in it and in MuJoCo: r = {pearson:.2f}; {judged['seeds']} episodes each.",
+        f"{robots}, {judged['seeds']} episodes each: r = {pearson:.2f}.",
     ]  # fmt: skip
 
 
@@ -150,15 +152,17 @@ MODELS: dict[str, tuple[str, Callable[[str], list[str]], str, str]] = {
 }  # fmt: skip
 
 
-def card(name: str) -> tuple[Path, str, list[list[str]]]:
-    """(where it belongs, its text, the rows of its stages)."""
-    folder = ROOT / "src" / "orrery" / "weights" / name
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def config_of(name: str) -> dict[str, Any]:
+    return json.loads((FOLDERS / name / "config.json").read_text(encoding="utf-8"))
+
+
+def card(name: str) -> tuple[Path, str]:
+    """(where it belongs, its text)."""
+    folder, config = FOLDERS / name, config_of(name)
     about, figures, section, docs = MODELS[name]
     weights = orrery.load(name).hash
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
     height, width = config["resolution"]
-    rows = stage_rows(config)
     lines = [f"# orrery-{name}", "", about, ""]
     lines += [
         f"{width}x{height} pixels, {config['fps']:g} frames a second, {size:.1f} MB in float16 (weights {weights})."
@@ -166,26 +170,29 @@ def card(name: str) -> tuple[Path, str, list[list[str]]]:
     lines += ["More: [docs/mini.md](../../../../docs/mini.md).", "", "## Data", ""]
     lines += ["Rendered by MuJoCo from random numbers (`orrery sim`); no person, place or brand is in it. Seeds from"]
     lines += ["1,000,000 on are held out and in no training set.", "", *data_of(config)]
-    lines += ["", "## Training", "", *table(STAGE_HEADS, rows)]
+    lines += ["", "## Training", "", *table(STAGE_HEADS, stage_rows(config))]
     lines += ["", "`make mini` repeats it. Times are of two CPU cores or one, see the recipes."]
     lines += ["", "## Figures", "", *figures(weights), "", "## Known failures", "", *failures(section)]
     lines += ["", "## Licence", "", "Apache-2.0, weights and data alike.", ""]
-    return folder / "README.md", "\n".join(lines), rows
+    return folder / "README.md", "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a card would change")
+    parser.add_argument("--stages", action="store_true", help="print how the models were trained, and stop")
     options = parser.parse_args()
     stale = []
     for name in MODELS:
+        print(f"orrery-{name}")
+        print("\n".join(table(STAGE_HEADS, stage_rows(config_of(name)))))
+        if options.stages:
+            continue
         try:
-            path, text, rows = card(name)
+            path, text = card(name)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        print(f"orrery-{name}")
-        print("\n".join(table(STAGE_HEADS, rows)))
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(path)
             if not options.check:

@@ -132,6 +132,33 @@ def test_flow_overfits_four_clips(tmp_path: Path, tiny_vae: Path, write_recipe: 
     assert loss() < 0.6 * before
 
 
+def test_a_frozen_text_encoder_stays_as_it_was_drawn(
+    tmp_path: Path, tiny_vae: Path, write_recipe: Callable[..., Path]
+) -> None:
+    recipe = write_recipe("flow", tmp_path / "frozen", 4, tiny_vae, text={"frozen": True})
+    trainer = open_run(load_recipe(recipe), torch.device("cpu"))
+    before = {name: weight.clone() for name, weight in trainer.task.model.state_dict().items()}
+    trainer.train_step()
+    trainer.train_step()
+    after = trainer.task.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("text."))
+    assert not all(torch.equal(after[name], before[name]) for name in before if name.startswith("transformer."))
+
+
+def test_held_out_scenes_are_told_apart(tmp_path: Path, dataset: Path, write_recipe: Callable[..., Path]) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(dataset, mixed)
+    lines = [json.loads(line) for line in (mixed / "index.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["scene"] = "push" if line["seed"] == 1001 else "drop"
+    (mixed / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = write_recipe("vae", tmp_path / "out", 4, data={"root": str(mixed)})
+    trainer = open_run(load_recipe(recipe), torch.device("cpu"))
+    found = trainer.task.validate(trainer.ema.model)
+    assert found["psnr_drop"] != found["psnr_push"]
+    assert found["psnr"] == pytest.approx((found["psnr_drop"] + found["psnr_push"]) / 2)
+
+
 def test_flow_batch_takes_captions_of_the_side_it_shows(
     tmp_path: Path, tiny_vae: Path, write_recipe: Callable[..., Path]
 ) -> None:

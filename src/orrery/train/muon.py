@@ -36,7 +36,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5, bf16: bool = False) -> Tenso
         x = x.bfloat16() if bf16 else x
         for _ in range(steps):
             gram = x @ x.mT
-            x = _A * x + (_B * gram + _C * (gram @ gram)) @ x
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
         x = x.float()
     else:
         gram = x @ x.mT

@@ -95,6 +95,7 @@ class VAETask:
         self.model: nn.Module = build_vae(recipe).to(device).train()
         self.clips = recipe.batch
         self.order = ShuffledOrder(len(train), recipe.seed)
+        self._terms = torch.compile(reconstruction_loss, dynamic=False) if recipe.compile else reconstruction_loss
 
     def networks(self) -> list[nn.Module]:
         """The model alone."""
@@ -130,7 +131,7 @@ class VAETask:
         noise = torch.randn(mean.shape, generator=self.random.torch).to(mean.device)
         latents = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise
         recipe = self.recipe.loss
-        terms = reconstruction_loss(model.decode_raw(latents), frames, foreground, recipe)
+        terms = self._terms(model.decode_raw(latents), frames, foreground, recipe)
         terms["kl"] = kl_divergence(mean, logvar)
         weights = {"l1": recipe.l1, "l2": recipe.l2, "sharpness": recipe.sharpness_weight, "kl": recipe.kl}
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum(), terms
