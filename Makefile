@@ -37,7 +37,7 @@ play: $(STAMP) gl  ## Drive a robot in a page of your browser: the world model b
 	$(BIN)/orrery play
 
 test: $(TOOLS) lint gl browser  ## Everything CI checks: style, types, floors, tests (a process a core, one thread each)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 lint: $(TOOLS)  ## Style, types, and the floors of the house
 	$(BIN)/ruff check .

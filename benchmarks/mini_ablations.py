@@ -1,12 +1,14 @@
-"""What each choice of the mini recipes is worth, in small: `python benchmarks/mini_ablations.py vae|flow|scale`.
+"""What each choice of the mini recipes is worth, in small: `python benchmarks/mini_ablations.py vae|flow|ema|scale`.
 
 Each row is a run of its own of recipes/mini-vae.toml or mini-dit.toml, shortened, with one thing changed, judged on
 held-out clips. Rows that change the network get as many steps as take the base's time (measured side by side before the
-run), the others as many clips. `scale` trains networks of several sizes for several budgets. A run that is there
-already is not run again; stopped, the same command goes on. Writes results/mini_ablations_PART.json and .md.
+run), the others as many clips. `scale` trains networks of several sizes for several budgets; `ema` judges averages of
+several horizons over one run. A run that is there already is not run again; stopped, the same command goes on. Writes
+results/mini_ablations_PART.json and .md.
 """
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -28,6 +30,7 @@ from orrery.errors import note
 from orrery.files import atomic_file
 from orrery.train.flow import FlowTask
 from orrery.train.loop import Trainer, pick_device
+from orrery.train.optim import EMA
 from orrery.train.recipe import FlowRecipe, VAERecipe, load_recipe
 from orrery.train.start import open_run
 
@@ -60,7 +63,6 @@ VAE_ROWS = (
     Row("Muon, rates x 2", ("optimizer.lr=3e-3", "optimizer.matrix_lr=4e-3")),
     Row("Muon, rates x 4", ("optimizer.lr=6e-3", "optimizer.matrix_lr=8e-3")),
     Row("Muon, rates x 1/2", ("optimizer.lr=7.5e-4", "optimizer.matrix_lr=1e-3")),
-    Row("EMA 0.99", ("optimizer.ema=0.99",)),
     Row("no mirrored clips", ("flip=0.0",)),
     Row("batch 2, as long", ("batch=2",), True),
     Row("batch 8, as long", ("batch=8",), True),
@@ -82,8 +84,6 @@ FLOW_ROWS = (
     Row("shift 5", ("loss.shift=5.0",)),
     Row("uniform times", ('loss.distribution="uniform"',)),
     Row("no times of high noise added", ("loss.high_noise_fraction=0.0",)),
-    Row("EMA 0.99", ("optimizer.ema=0.99",)),
-    Row("EMA 0.995", ("optimizer.ema=0.995",)),
     Row("AdamW", ('optimizer={name="adamw",lr=1.5e-3,warmup=50,hold=0.4,ema=0.999}',)),
     Row("Muon, rates x 2", ("optimizer.lr=3e-3", "optimizer.matrix_lr=4e-3")),
     Row("Muon, rates x 1/2", ("optimizer.lr=7.5e-4", "optimizer.matrix_lr=1e-3")),
@@ -104,6 +104,7 @@ SIZES = {
     "9.1 M": (),
     "19 M": ("transformer.override={width=384,depth=7,heads=6}",),
 }
+DECAYS = (0.0, 0.9, 0.97, 0.99, 0.995)
 SHIPPED = "what ships"
 BUDGETS = (100, 300, 900)  # seconds of one core
 
@@ -294,6 +295,36 @@ def shipped(options: argparse.Namespace) -> dict[str, Any]:
     return found | {"petaflop": 3 * found["clips"] * forward_flop(trainer) / 1e15}
 
 
+def horizons(options: argparse.Namespace) -> list[Path]:
+    """One run of the base, and the held-out loss of averages of its weights, while the rate is high and at its end."""
+    out = options.runs / "ema" / "base"
+    shutil.rmtree(out, ignore_errors=True)
+    trainer = opened("ema", sets_of("ema", Row("base"), out, options.steps, options.data, options.vae))
+    averages = {decay: EMA(trainer.task.model, copy.deepcopy(trainer.ema.model), decay) for decay in DECAYS}
+    rows = {
+        decay: [f"{1 / (1 - decay) / options.steps:.1%}" if decay else "the weights themselves"] for decay in DECAYS
+    }
+    moments = (round(0.4 * options.steps), options.steps)
+    while trainer.step < options.steps:
+        trainer.train_step()
+        for average in averages.values():
+            average.update()
+        if trainer.step in moments:
+            for decay, average in averages.items():
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                    rows[decay].append(f"{trainer.task.validate(average.model)['loss']:.4f}")
+            note(f"step {trainer.step}: {rows}")
+    made = provenance()
+    heads = ("horizon, share of the run", "velocity loss at the highest rate", "at the end")
+    lines = ["# Ablations of orrery-mini: averaging the weights", "", made_line(made), ""]
+    lines += [
+        f"{options.steps:,} steps. The recipe's average has a horizon of at most a tenth of the steps so far.",
+        "",
+    ]
+    text = "\n".join([*lines, *table(heads, list(rows.values()))])
+    return write_results("mini_ablations_ema", {"made": made, "rows": list(rows.values())}, text)
+
+
 def frontier(rows: list[dict[str, Any]], key: str) -> tuple[float, float]:
     """(a, b) of value = a petaflop^b through the best row of each budget."""
     best: dict[str, dict[str, Any]] = {}
@@ -359,8 +390,8 @@ def planned(part: str, options: argparse.Namespace) -> Iterator[tuple[Row, int]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("vae", "flow", "scale"))
-    parser.add_argument("--steps", type=int, help="of the base; default 1200 (vae), 300 (flow)")
+    parser.add_argument("part", choices=("vae", "flow", "ema", "scale"))
+    parser.add_argument("--steps", type=int, help="of the base; default 1200 (vae, ema), 300 (flow)")
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), help="seconds of one core, for scale")
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "mini")
@@ -369,12 +400,15 @@ def main() -> None:
     parser.add_argument("--shipped", type=Path, help="run directory of what ships, as a point of scale")
     parser.add_argument("--calibrate", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.steps = options.steps or (1200 if options.part == "vae" else 300)
+    options.steps = options.steps or (300 if options.part == "flow" else 1200)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if options.calibrate:
         known = {row.name: row for row in rows_of(options.part)}
         known |= {f"{size}, {b} s": Row("", sets) for size, sets in SIZES.items() for b in options.budgets}
         print(calibrate(options.part, known[options.calibrate], options))
+        return
+    if options.part == "ema":
+        print(f"wrote {horizons(options)[0]} and .md")
         return
     found = []
     for row, steps in planned(options.part, options):

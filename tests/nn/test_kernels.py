@@ -168,7 +168,9 @@ def test_what_a_gpu_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_and_unavailable_kernels_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'flash'; allowed are sdpa, products; not available are .*flash-attn-3.*CUDA GPU"):
+    with pytest.raises(
+        ValueError, match=r"'flash'; allowed are sdpa, products; not available are .*flash-attn-3.*CUDA GPU"
+    ):
         find_kernel("flash", device="cpu")
     with pytest.raises(ValueError, match=r"'flash-attn-3' is not available: it needs a CUDA GPU.*available are sdpa"):
         find_kernel("flash-attn-3", device="cpu")

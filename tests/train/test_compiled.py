@@ -24,7 +24,9 @@ def trained(recipe: Path, steps: int, *sets: str) -> Trainer:
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("task", ["vae", "flow", "control"])
+@pytest.mark.parametrize(
+    "task", ["flow", pytest.param("control", marks=pytest.mark.slow), pytest.param("vae", marks=pytest.mark.slow)]
+)
 def test_compiled_steps_are_the_plain_ones(
     task: str,
     tmp_path: Path,
