@@ -86,6 +86,7 @@ FLOW_ROWS = (
     Row("no times of high noise added", ("loss.high_noise_fraction=0.0",)),
     Row("AdamW", ('optimizer={name="adamw",lr=1.5e-3,warmup=50,hold=0.4,ema=0.999}',)),
     Row("Muon, rates x 2", ("optimizer.lr=3e-3", "optimizer.matrix_lr=4e-3")),
+    Row("Muon, rates x 4", ("optimizer.lr=6e-3", "optimizer.matrix_lr=8e-3")),
     Row("Muon, rates x 1/2", ("optimizer.lr=7.5e-4", "optimizer.matrix_lr=1e-3")),
     Row("no mirrored clips", ("latents.mirror=false",)),
     Row("captions never dropped", ("loss.text_dropout=0.0",)),
