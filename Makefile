@@ -52,7 +52,7 @@ SIM        := $(BIN)/orrery sim
 SIM_INTO   := --workers $(WORKERS) -o data/mini
 CONTROL    := $(BIN)/orrery train recipes/mini-control.toml
 
-mini: mini-base mini-control mini-tabletop  ## Train the models that ship again from nothing (a day of two cores; resumable)
+mini: mini-base mini-control mini-tabletop  ## Train the models that ship again from nothing (hours without a GPU; resumable)
 	$(BIN)/python benchmarks/model_card.py --stages
 
 mini-worlds: $(STAMP) gl

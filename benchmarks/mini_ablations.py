@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, made_line, provenance, table, write_results
+from common import RESULTS, commit, made_line, provenance, table, write_results
 
-from orrery.errors import note
+from orrery.errors import InputError, note
 from orrery.files import atomic_file
 from orrery.train.flow import FlowTask
 from orrery.train.loop import Trainer, pick_device
 from orrery.train.optim import EMA
-from orrery.train.recipe import FlowRecipe, VAERecipe, load_recipe
+from orrery.train.recipe import FlowRecipe, VAERecipe, changed_keys, load_recipe, recipe_json
 from orrery.train.start import open_run
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +49,12 @@ class Row:
     sets: tuple[str, ...] = ()
     timed: bool = False
 
+
+# Where the study began; what it found has gone into the recipes since, and must not move the rows that are there.
+BEGAN_WITH = {
+    "vae": ("optimizer.lr=1.5e-3", "optimizer.matrix_lr=2e-3"),
+    "flow": ("optimizer.lr=1.5e-3", "optimizer.matrix_lr=2e-3", "loss.high_noise_fraction=0.05"),
+}
 
 VAE_ROWS = (
     Row("base"),
@@ -119,7 +125,7 @@ def sets_of(part: str, row: Row, out: Path, steps: int, data: Path, vae: str) ->
         shared += ["data.max_clips=3000", "statistics_clips=8", 'data.scenes=["drop","push"]']
     else:
         shared += ["data.max_clips=6000", f"latents.vae={vae}", f"validation.clips={JUDGED}"]
-    return [*shared, *row.sets]
+    return [*shared, *BEGAN_WITH.get(part, ()), *row.sets]
 
 
 def rows_of(part: str) -> tuple[Row, ...]:
@@ -177,16 +183,22 @@ def run(part: str, row: Row, steps: int, options: argparse.Namespace) -> dict[st
     """Train a row and judge it."""
     out = folder(part, row, options)
     done = out / DONE
-    if done.exists():
-        return json.loads(done.read_text())
     sets = sets_of(part, row, out, steps, options.data, options.vae)
+    if done.exists():
+        begun, now = (json.loads((out / "recipe.json").read_text()), recipe_json(load_recipe(recipe_of(part), sets)))
+        changed = changed_keys(begun, now)
+        if begun.get("latents", {}).get("vae") != now.get("latents", {}).get("vae"):
+            changed.append(("latents.vae", begun["latents"]["vae"], now["latents"]["vae"]))
+        if changed:
+            raise InputError(f"{out} is of another recipe: {changed}; remove it to run it again")
+        return json.loads(done.read_text())
     trainer = opened(part, sets)
     if not trainer.run():
         raise SystemExit(130)
     recipe = trainer.recipe
     count = sum(p.numel() for p in trainer.task.model.parameters())
     found = {"name": row.name, "sets": list(row.sets), "steps": steps, "clips": steps * trainer.task.clips}
-    found |= {"parameters": count, "seconds": round(trainer.seconds)}
+    found |= {"parameters": count, "seconds": round(trainer.seconds), "commit": commit()}
     with torch.no_grad():
         found |= trainer.task.validate(trainer.ema.model)
         found |= judged_vae(trainer) if isinstance(recipe, VAERecipe) else judged_flow(trainer)
@@ -380,7 +392,7 @@ def planned(part: str, options: argparse.Namespace) -> Iterator[tuple[Row, int]]
         return
     base: float | None = None
     for row in rows_of(part):
-        if options.only and row.name not in options.only:
+        if options.only and row.name not in options.only and not (folder(part, row, options) / DONE).exists():
             continue
         steps = options.steps
         if row.timed and not (folder(part, row, options) / DONE).exists():
@@ -394,7 +406,7 @@ def main() -> None:
     parser.add_argument("part", choices=("vae", "flow", "ema", "scale"))
     parser.add_argument("--steps", type=int, help="of the base; default 1200 (vae, ema), 300 (flow)")
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), help="seconds of one core, for scale")
-    parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--only", nargs="+", help="names of rows to run; the table has every row that is there")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "mini")
     parser.add_argument("--vae", default=str(ROOT / "src/orrery/weights/mini"), help="whose latents, for flow, scale")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations")

@@ -41,7 +41,7 @@ def stages(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(what was trained, its record) of a model, in the order of training."""
     training = config["training"]
     parts = [("VAE", training.get("vae", {})), ("transformer", training)]
-    parts += [("decoder of previews", training.get("preview", {})), ("decoder", training.get("decoder", {}))]
+    parts += [("decoder", training.get("decoder", {}))]
     parts += [(f"control: {kind}", record) for kind, record in training.get("controls", {}).items()]
     return [(name, record) for name, record in parts if "recipe" in record]
 
@@ -69,8 +69,9 @@ def data_of(config: dict[str, Any]) -> list[str]:
     records = stages(config)
     seen: dict[str, list[str]] = {}
     for name, record in records:
-        what = record.get("data") or f"{record.get('episodes', 0):,} episodes of tabletop"
-        seen.setdefault(what, []).append(name)
+        what = record.get("data") or (f"{record['episodes']:,} episodes of tabletop" if "episodes" in record else "")
+        if what:
+            seen.setdefault(what, []).append(name)
     return [f"- {', '.join(names)}: {what}" for what, names in seen.items()]
 
 
@@ -139,15 +140,15 @@ def tabletop_figures(weights: str) -> list[str]:
     ]  # fmt: skip
 
 
-MODELS: dict[str, tuple[str, Callable[[str], list[str]], str, str]] = {
+MODELS: dict[str, tuple[str, Callable[[str], list[str]], str]] = {
     "mini": (
         "A world model of the Cosmos-Predict2.5 architecture in small, trained by Orrery on its own MuJoCo worlds: "
         "text, image or video to video, with control branches.",
-        mini_figures, "What it gets wrong", "docs/mini.md",
+        mini_figures, "What it gets wrong",
     ),
     "tabletop": (
         "orrery-mini's transformer post-trained to predict what a robot's actions do to a table of blocks.",
-        tabletop_figures, "What tabletop gets wrong", "docs/mini.md",
+        tabletop_figures, "What tabletop gets wrong",
     ),
 }  # fmt: skip
 
@@ -159,7 +160,7 @@ def config_of(name: str) -> dict[str, Any]:
 def card(name: str) -> tuple[Path, str]:
     """(where it belongs, its text)."""
     folder, config = FOLDERS / name, config_of(name)
-    about, figures, section, docs = MODELS[name]
+    about, figures, section = MODELS[name]
     weights = orrery.load(name).hash
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
     height, width = config["resolution"]

@@ -39,7 +39,10 @@ def test_compiled_steps_are_the_plain_ones(
     recipe = write_recipe(task, out, 8, base)
     plain = trained(recipe, 3)
     compiled = trained(recipe, 3, f"out={tmp_path / 'compiled'}", "compile=true")
-    taken = [m for net in compiled.task.networks() for m in net.modules() if m._compiled_call_impl is not None]
+    networks = [compiled.task.model, *([compiled.task.base] if task == "control" else [])]
+    for network in networks:
+        assert any(module._compiled_call_impl is not None for module in network.modules())
+    taken = [m for network in networks for m in network.modules() if m._compiled_call_impl is not None]
     assert taken and all(isinstance(module, REGIONS) for module in taken)
     assert all(module._compiled_call_impl is None for module in compiled.ema.model.modules())
     before = trained(recipe, 0, f"out={tmp_path / 'before'}").task.model.state_dict()
@@ -49,6 +52,19 @@ def test_compiled_steps_are_the_plain_ones(
         assert (weight - other).abs().max() <= 1e-5 + 0.05 * moved, f"{name}: {(weight - other).abs().max()}"
     assert any((weight != before[name]).any() for name, weight in plain.task.model.state_dict().items())
     assert compiled.task.validate(compiled.ema.model).keys() == plain.task.validate(plain.ema.model).keys()
+
+
+def test_without_a_compiler_it_says_so_and_trains(
+    tmp_path: Path,
+    tiny_vae: Path,
+    write_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("orrery.nn.compiling.shutil.which", lambda name: None)
+    trainer = trained(write_recipe("flow", tmp_path / "out", 4, tiny_vae), 1, "compile=true")
+    assert "needs a C++ compiler, such as g++, and none was found: steps run uncompiled" in capsys.readouterr().err
+    assert all(module._compiled_call_impl is None for module in trainer.task.model.modules())
 
 
 @pytest.mark.parametrize(("precision", "kernel"), [("bf16", "products"), ("fp32", "sdpa")])

@@ -106,10 +106,6 @@ class ActionTask:
         network.load_state_dict(wanted)
         return network
 
-    def networks(self) -> list[nn.Module]:
-        """The model alone."""
-        return [self.model]
-
     def plain(self, name: str) -> bool:
         """Embeddings, first and last layers, and everything that makes modulation are AdamW's."""
         parts = ("x_embedder.", "final_layer.", "t_embedder.", "adaln_modulation", "action_embedder")

@@ -28,6 +28,7 @@ from orrery.train.checkpoint import write_text
 from orrery.train.export import model_card
 from orrery.train.flow import FlowTask
 from orrery.train.loop import Randomness
+from orrery.train.networks import compile_regions, compiles
 from orrery.train.recipe import BranchRecipe, ControlRecipe
 from orrery.train.sheets import save_sheet, to_uint8
 from orrery.weights.config import read_config
@@ -82,6 +83,8 @@ class ControlTask(FlowTask):
         self.files = find_model(recipe.base, controls=())
         self.frozen = load_model(self.files, device)
         self.base = nn.ModuleDict({"transformer": self.frozen.transformer, "text": self.frozen.text})
+        if compiles(recipe.compile, device):
+            compile_regions(self.base)
         super().__init__(recipe, train, heldout, random, device)
         name = f"{self.vae_hash} {recipe.control.kind} {recipe.control.strength}"
         self.control = self._cached(ControlClips(train, recipe.control), name, recipe.latents.mirror)
@@ -117,10 +120,6 @@ class ControlTask(FlowTask):
 
     def _held_control(self, indices: list[int]) -> Tensor:
         return self.held_control.latents[indices, 0].float().to(self.device)
-
-    def networks(self) -> list[nn.Module]:
-        """The branch, and the base beside it."""
-        return [self.model, self.base]
 
     def plain(self, name: str) -> bool:
         """The embedder of the control video is a first layer too."""

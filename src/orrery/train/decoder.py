@@ -76,10 +76,6 @@ class DecoderTask:
         same = frames.shape[1:3] == self.recipe.size
         return frames if same else Video(frames, 1.0).resize(*self.recipe.size).frames
 
-    def networks(self) -> list[nn.Module]:
-        """The model alone."""
-        return [self.model]
-
     def plain(self, name: str) -> bool:
         """Everything is AdamW's: small changes to what is there."""
         return True

@@ -167,10 +167,6 @@ class FlowTask:
         """Control latents of these held-out clips."""
         return None
 
-    def networks(self) -> list[nn.Module]:
-        """The model alone."""
-        return [self.model]
-
     def plain(self, name: str) -> bool:
         """Embeddings, first and last layers, and everything that makes modulation out of time are AdamW's."""
         parts = ("x_embedder.", "final_layer.", "t_embedder.", "adaln_modulation", "embed_tokens.")

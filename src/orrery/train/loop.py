@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from orrery.errors import InputError
+from orrery.errors import InputError, note
+from orrery.nn.compiling import compiler_problem
 from orrery.nn.kernels import using
 from orrery.train.checkpoint import CheckpointFolder, write_text
 from orrery.train.export import commit
-from orrery.train.networks import compile_regions
+from orrery.train.networks import compile_regions, compiles
 from orrery.train.optim import EMA, Optimizers, schedule
 from orrery.train.recipe import Recipe, changed_keys, parse_recipe, recipe_json
 from orrery.train.report import Report, duration
@@ -62,10 +63,6 @@ class Task(Protocol):
 
     model: nn.Module
     clips: int  # clips a step
-
-    def networks(self) -> list[nn.Module]:
-        """Everything that a step runs through: the model, and what is frozen beside it."""
-        ...
 
     def plain(self, name: str) -> bool:
         """Whether the matrix of this name belongs to AdamW even in a Muon run."""
@@ -135,8 +132,11 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is not None:
             self._load(latest)
-        if recipe.compile:
-            compile_regions(task.networks())
+        self.compiled = compiles(recipe.compile, device)
+        if self.compiled:
+            compile_regions(task.model)
+        elif recipe.compile:
+            note(f"compile = true {compiler_problem(device)}: steps run uncompiled, and slower")
 
     def _load(self, path: Path) -> None:
         state = CheckpointFolder.load(path)
@@ -276,14 +276,14 @@ class Trainer:
     def _opening(self) -> str:
         count = sum(p.numel() for p in self.task.model.parameters())
         start = f"continues at step {self.step}" if self.step else "starts"
-        precision = ("bf16 autocast" if self.bf16 else "fp32") + (", compiled" if self.recipe.compile else "")
+        precision = ("bf16 autocast" if self.bf16 else "fp32") + (", compiled" if self.compiled else "")
         return (
             f"{self.folder} {start} of {self.recipe.steps}: {count / 1e6:.2f}M parameters on {self.device}, {precision}"
         )
 
     def _validate(self, report: Report) -> None:
         model = self.ema.model
-        with torch.no_grad(), torch.compiler.set_stance("force_eager") if self.recipe.compile else nullcontext():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
             report.validation(self.step, self.task.validate(model))
             if self.recipe.validation.sheet:
                 self.task.sheet(model, self.folder / "sheets" / f"step-{self.step:09d}.png")

@@ -1,6 +1,6 @@
 """A network's frozen config out of a recipe; the parts of a network that torch.compile takes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from orrery.errors import InputError
+from orrery.nn.compiling import compiler_problem
 from orrery.nn.dit import Block
 from orrery.nn.vae import Decoder, Encoder
 
@@ -38,13 +39,17 @@ def configure(presets: Mapping[str, Any], preset: str, override: Mapping[str, An
         raise InputError(f"{what}.override: {error}") from None
 
 
-def compile_regions(networks: Iterable[nn.Module]) -> None:
+def compiles(wanted: bool, device: torch.device) -> bool:
+    """Whether a run that wants its steps compiled can have it on this machine."""
+    return wanted and not compiler_problem(device)
+
+
+def compile_regions(network: nn.Module) -> None:
     """Let torch.compile have the blocks of transformers and the halves of VAEs, in place, for the shapes they meet.
 
     The blocks of a transformer share one compiled version a shape: the first step takes seconds and not minutes.
     """
     torch._dynamo.config.recompile_limit = SHAPES
-    for network in networks:
-        for module in network.modules():
-            if isinstance(module, REGIONS):
-                module.compile(dynamic=False)
+    for module in network.modules():
+        if isinstance(module, REGIONS):
+            module.compile(dynamic=False)

@@ -69,10 +69,6 @@ class PreviewTask:
             folder, dataset, lambda x: self.vae.encode(x.to(self.device)), self.vae_hash, frames, mirror, batch
         ).latents
 
-    def networks(self) -> list[nn.Module]:
-        """The model alone."""
-        return [self.model]
-
     def plain(self, name: str) -> bool:
         """First and last layers (they meet latents and pixels) are AdamW's."""
         return name.startswith("decoder.1.") or name.startswith(f"decoder.{len(self.model.decoder) - 1}.")  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ class _Run(_Table):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU; weights are fp32
     threads: Count | None = None
-    compile: bool = False  # torch.compile for the steps: a minute before the first one, then up to twice as fast
+    compile: bool = False  # torch.compile for the steps, where there is a compiler: slow at first, then faster
     batch: Count = 8
     optimizer: OptimizerRecipe = OptimizerRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()

@@ -18,7 +18,7 @@ from orrery.errors import InputError
 from orrery.nn.vae import PRESETS, VAE, VAEConfig
 from orrery.train.export import export_vae, seeds_by_scene
 from orrery.train.loop import Randomness
-from orrery.train.networks import configure
+from orrery.train.networks import compiles, configure
 from orrery.train.recipe import VAELossRecipe, VAERecipe
 from orrery.train.sheets import save_sheet, to_uint8
 from orrery.video import to_pixels
@@ -95,11 +95,9 @@ class VAETask:
         self.model: nn.Module = build_vae(recipe).to(device).train()
         self.clips = recipe.batch
         self.order = ShuffledOrder(len(train), recipe.seed)
-        self._terms = torch.compile(reconstruction_loss, dynamic=False) if recipe.compile else reconstruction_loss
-
-    def networks(self) -> list[nn.Module]:
-        """The model alone."""
-        return [self.model]
+        self._terms = reconstruction_loss
+        if compiles(recipe.compile, device):
+            self._terms = torch.compile(reconstruction_loss, dynamic=False)
 
     def plain(self, name: str) -> bool:
         """First and last layers (they meet pixels) are AdamW's."""

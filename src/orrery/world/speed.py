@@ -6,9 +6,6 @@ it is.
 """
 
 import dataclasses
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ import torch
 from torch import nn
 
 from orrery.errors import InputError, note
+from orrery.nn.compiling import compiler_problem
 from orrery.nn.control import ControlBranch
 from orrery.nn.dit import Block, DiT
 from orrery.nn.kernels import KERNELS, choose, find_kernel, using
@@ -254,13 +252,8 @@ def _sparsen(network: DiT, name: str) -> None:
 
 def check_compiler(device: torch.device) -> None:
     """InputError where torch.compile has no compiler for this device."""
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            raise InputError("speed compile needs Triton, which is not installed; leave it out, or install triton")
-        return
-    named = os.environ.get("CXX", "")
-    if not any(shutil.which(each) for each in (named, "g++", "clang++", "c++") if each):
-        raise InputError("speed compile needs a C++ compiler, such as g++, and none was found; leave it out")
+    if problem := compiler_problem(device):
+        raise InputError(f"speed compile {problem}; install it, or leave compile out")
 
 
 def attention_kernel(
