@@ -1,5 +1,6 @@
 """Training a control branch: the base stays as it is, the branch learns, and the run resumes bit for bit."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,12 +183,18 @@ def test_refused(change: dict, message: str, tmp_path: Path, base: Path, write_r
     assert message in str(error.value)
 
 
-def test_missing_truth_is_named(
-    tmp_path: Path, base: Path, write_recipe: Callable[..., Path], more_clips: Callable
+def test_clips_without_the_truth_of_a_control_are_left_out(
+    tmp_path: Path, base: Path, write_recipe: Callable[..., Path], more_clips: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     root = tmp_path / "bare"
     more_clips(root, [0, 1, 1000])
     (root / "drop-0000000" / "depth.npz").unlink()
-    recipe = write_recipe("control", tmp_path / "run", 1, base, control={"kind": "depth"}, data={"root": str(root)})
-    with pytest.raises(InputError, match="depth.npz does not exist: the clip was made without depth"):
-        opened(recipe)
+    change = {"control": {"kind": "depth"}, "data": {"root": str(root)}}
+    opened(write_recipe("control", tmp_path / "run", 1, base, **change))
+    seen = json.loads((tmp_path / "run" / "clips.json").read_text())
+    assert [entry["id"] for entry in seen["train"]] == ["drop-0000001"]
+    assert "1 of 3 clips have no depth.npz; left out" in capsys.readouterr().err
+    for seed in (1, 1000):
+        (root / f"drop-{seed:07d}" / "depth.npz").unlink()
+    with pytest.raises(InputError, match="none of the 3 clips of .* has a depth.npz; make the dataset with"):
+        opened(write_recipe("control", tmp_path / "other", 1, base, **change))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from orrery.control.blur import BLUR_PRESETS, blur_map
 from orrery.control.depth import depth_map
 from orrery.control.edge import EDGE_PRESETS, edge_map
+from orrery.control.inputs import TRUTH
 from orrery.control.segmentation import seg_map
 from orrery.data.clips import Clip, ClipDataset, read_truth
 from orrery.errors import InputError
@@ -50,9 +51,9 @@ class ControlClips(ClipDataset):
     def _read(self, entry: Any) -> Clip:
         folder, kind = self.root / entry.id, self.recipe.kind
         if kind == "depth":
-            frames = depth_map(read_truth(folder / "depth.npz").astype(np.float32))
+            frames = depth_map(read_truth(folder / TRUTH[kind]).astype(np.float32))
         elif kind == "seg":
-            frames = seg_map(read_truth(folder / "segmentation.npz"), seed=zlib.crc32(entry.id.encode()))
+            frames = seg_map(read_truth(folder / TRUTH[kind]), seed=zlib.crc32(entry.id.encode()))
         else:
             frames = self._of_pixels(super()._read(entry).frames, np.random.default_rng(zlib.crc32(entry.id.encode())))
         return Clip(frames, None, entry.caption)

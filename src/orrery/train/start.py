@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from orrery.control.inputs import TRUTH
 from orrery.data.clips import ClipDataset, ClipEntry, entry_from_json, read_index, split
-from orrery.errors import InputError
+from orrery.errors import InputError, note
 from orrery.train.action import ActionTask
 from orrery.train.checkpoint import write_text
 from orrery.train.control import ControlTask
@@ -123,7 +124,23 @@ def choose_clips(entries: Sequence[ClipEntry], recipe: ClipRecipe) -> list[ClipE
     if not chosen:
         wanted = f"scenes {list(data.scenes) or 'all'}, looks {list(data.looks) or 'all'}, frames >= {data.frames}"
         raise InputError(f"none of the {len(entries)} clips of {data.root} fits the recipe's [data]: {wanted}")
-    return chosen
+    return _with_truth(chosen, recipe) if isinstance(recipe, ControlRecipe) else chosen
+
+
+def _with_truth(entries: list[ClipEntry], recipe: ControlRecipe) -> list[ClipEntry]:
+    """The clips that have what the control is made of, where that is the simulator's depth or segmentation."""
+    truth = TRUTH.get(recipe.control.kind)
+    if truth is None:
+        return entries
+    there = [entry for entry in entries if (recipe.data.root / entry.id / truth).is_file()]
+    if not there:
+        raise InputError(
+            f"none of the {len(entries)} clips of {recipe.data.root} has a {truth}; make the dataset with `orrery sim` "
+            f"and without --without {truth.partition('.')[0]}"
+        )
+    if len(there) < len(entries):
+        note(f"{recipe.data.root}: {len(entries) - len(there)} of {len(entries)} clips have no {truth}; left out")
+    return there
 
 
 def _movable(entry: ClipEntry) -> int:
