@@ -8,7 +8,7 @@ OUT    ?= out/demo
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gl browser demo play test lint mini mini-worlds mini-base mini-control mini-episodes mini-tabletop clean
+.PHONY: help setup gl browser demo play test lint mini mini-worlds mini-base mini-control mini-episodes mini-tabletop figures clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,12 @@ mini-tabletop: mini-episodes  ## Its transformer post-trained on a robot's actio
 	$(BIN)/orrery train recipes/mini-tabletop.toml --export src/orrery/weights/tabletop
 	$(BIN)/orrery train recipes/mini-tabletop-decoder.toml
 	$(BIN)/orrery train recipes/mini-tabletop-decoder.toml --export src/orrery/weights/tabletop
+
+# What was drawn or judged for one set of weights is kept under runs/, so that a killed run goes on.
+FIGURES := mini_quality acting control_fidelity judge sim2real imagine drift knee environment ladder mini_curve
+figures: $(TOOLS) gl  ## Every figure of the shipped models again, and their cards (two hours of a core)
+	for each in $(FIGURES); do OMP_NUM_THREADS=2 $(BIN)/python benchmarks/$$each.py || exit 1; done
+	$(BIN)/python benchmarks/model_card.py
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

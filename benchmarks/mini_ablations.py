@@ -28,6 +28,7 @@ from common import RESULTS, commit, made_line, provenance, table, write_results
 
 from orrery.errors import InputError, note
 from orrery.files import atomic_file
+from orrery.train.export import load_vae
 from orrery.train.flow import FlowTask
 from orrery.train.loop import Trainer, pick_device
 from orrery.train.optim import EMA
@@ -184,21 +185,21 @@ def run(part: str, row: Row, steps: int, options: argparse.Namespace) -> dict[st
     out = folder(part, row, options)
     done = out / DONE
     sets = sets_of(part, row, out, steps, options.data, options.vae)
+    vae = {} if part == "vae" else {"vae": load_vae(Path(options.vae))[1]}
     if done.exists():
         begun, now = (json.loads((out / "recipe.json").read_text()), recipe_json(load_recipe(recipe_of(part), sets)))
-        changed = changed_keys(begun, now)
-        if begun.get("latents", {}).get("vae") != now.get("latents", {}).get("vae"):
-            changed.append(("latents.vae", begun["latents"]["vae"], now["latents"]["vae"]))
+        found = json.loads(done.read_text())
+        changed = changed_keys(begun, now) + [(key, found.get(key), vae[key]) for key in vae if vae[key] != found.get(key)]
         if changed:
             raise InputError(f"{out} is of another recipe: {changed}; remove it to run it again")
-        return json.loads(done.read_text())
+        return found
     trainer = opened(part, sets)
     if not trainer.run():
         raise SystemExit(130)
     recipe = trainer.recipe
     count = sum(p.numel() for p in trainer.task.model.parameters())
     found = {"name": row.name, "sets": list(row.sets), "steps": steps, "clips": steps * trainer.task.clips}
-    found |= {"parameters": count, "seconds": round(trainer.seconds), "commit": commit()}
+    found |= {"parameters": count, "seconds": round(trainer.seconds), "commit": commit()} | vae
     with torch.no_grad():
         found |= trainer.task.validate(trainer.ema.model)
         found |= judged_vae(trainer) if isinstance(recipe, VAERecipe) else judged_flow(trainer)
