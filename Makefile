@@ -86,8 +86,6 @@ mini-episodes: $(STAMP) gl
 mini-tabletop: mini-episodes  ## Its transformer post-trained on a robot's actions
 	$(BIN)/orrery train recipes/mini-tabletop.toml
 	$(BIN)/orrery train recipes/mini-tabletop.toml --export src/orrery/weights/tabletop
-	$(BIN)/orrery train recipes/mini-tabletop-decoder.toml
-	$(BIN)/orrery train recipes/mini-tabletop-decoder.toml --export src/orrery/weights/tabletop
 
 # What was drawn or judged for one set of weights is kept under runs/, so that a killed run goes on.
 FIGURES := mini_quality acting control_fidelity judge sim2real imagine drift knee environment ladder mini_curve
