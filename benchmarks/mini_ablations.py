@@ -102,6 +102,7 @@ FLOW_ROWS = (
     Row("no clips from the middle", ("loss.midstream=0.0",)),
     Row("2 latents given at 0.6", ("loss.condition=[0.1,0.3,0.6]",)),
     Row("given frames told the time of the rest", ("loss.conditional_timestep=1000.0",)),
+    Row("patch 1x1x1, as long", ("transformer.override={patch=[1,1,1]}",), True),
     Row("batch 16, as long", ("batch=16",), True),
     Row("batch 64, as long", ("batch=64",), True),
 )
