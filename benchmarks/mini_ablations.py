@@ -190,7 +190,9 @@ def run(part: str, row: Row, steps: int, options: argparse.Namespace) -> dict[st
     if done.exists():
         begun, now = (json.loads((out / "recipe.json").read_text()), recipe_json(load_recipe(recipe_of(part), sets)))
         found = json.loads(done.read_text())
-        changed = changed_keys(begun, now) + [(key, found.get(key), vae[key]) for key in vae if vae[key] != found.get(key)]
+        changed = changed_keys(begun, now) + [
+            (key, found.get(key), vae[key]) for key in vae if vae[key] != found.get(key)
+        ]
         if changed:
             raise InputError(f"{out} is of another recipe: {changed}; remove it to run it again")
         return found
