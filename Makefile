@@ -44,10 +44,8 @@ lint: $(TOOLS)  ## Style, types, and the floors of the house
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The first with depth, which the depth branch is trained on, the others without.
-DROP_DEEP  ?= 4320
-DROP_CLIPS ?= 4680
-PUSH_CLIPS ?= 6000
+DROP_CLIPS ?= 12000
+PUSH_CLIPS ?= 15000
 TABLE_CLIPS ?= 1600
 EPISODES   ?= 2301
 SIM        := $(BIN)/orrery sim
@@ -58,8 +56,7 @@ mini: mini-base mini-control mini-tabletop  ## Train the models that ship again 
 	$(BIN)/python benchmarks/model_card.py --stages
 
 mini-worlds: $(STAMP) gl
-	$(SIM) drop --clips $(DROP_DEEP) $(SIM_INTO)
-	$(SIM) drop --seed $(DROP_DEEP) --clips $(DROP_CLIPS) --without depth $(SIM_INTO)
+	$(SIM) drop --clips $(DROP_CLIPS) $(SIM_INTO)
 	$(SIM) push --clips $(PUSH_CLIPS) $(SIM_INTO)
 	$(SIM) drop --seed 1000000 --clips 240 $(SIM_INTO)
 	$(SIM) push --seed 1000000 --clips 160 $(SIM_INTO)
