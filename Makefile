@@ -67,6 +67,8 @@ mini-base: mini-worlds  ## Its VAE, transformer and preview decoder
 	$(BIN)/orrery train recipes/mini-vae.toml
 	$(BIN)/orrery train recipes/mini-dit.toml
 	$(BIN)/orrery train recipes/mini-dit.toml --export src/orrery/weights/mini
+	cp runs/mini-vae/log.jsonl benchmarks/results/mini_vae_log.jsonl
+	cp runs/mini-dit/log.jsonl benchmarks/results/mini_dit_log.jsonl
 	$(BIN)/orrery train recipes/mini-preview.toml
 	$(BIN)/orrery train recipes/mini-preview.toml --export src/orrery/weights/mini
 

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from orrery.errors import InputError, OrreryError
 from orrery.train import loop
 from orrery.train.loop import Trainer, pick_device
-from orrery.train.recipe import VAERecipe, load_recipe
+from orrery.train.recipe import load_recipe
 from orrery.train.start import open_run
 
 ROOT = Path(__file__).parent.parent
@@ -50,12 +50,11 @@ def opened(name: str, compiled: bool, out: Path, options: argparse.Namespace) ->
     """The trainer of a recipe at its beginning, on a few clips."""
     sets = [f"out={out}", f"data.root={options.data}", f"data.max_clips={options.clips}"]
     sets += [f"compile={str(compiled).lower()}", f"threads={torch.get_num_threads()}", "validation.sheet=0"]
+    if name != "mini-vae":
+        sets += ["validation.clips=8", "latents.mirror=false"]
+    if name == "mini-dit":
+        sets.append(f"latents.vae={ROOT / 'src' / 'orrery' / 'weights' / 'mini'}")
     recipe = load_recipe(ROOT / "recipes" / f"{name}.toml", sets)
-    if not isinstance(recipe, VAERecipe):
-        more = ["validation.clips=8", "latents.mirror=false"]
-        if name == "mini-dit":
-            more.append(f"latents.vae={ROOT / 'src' / 'orrery' / 'weights' / 'mini'}")
-        recipe = load_recipe(ROOT / "recipes" / f"{name}.toml", sets + more)
     out.mkdir(parents=True)
     trainer = open_run(recipe, pick_device(options.device))
     if compiled and not trainer.compiled:

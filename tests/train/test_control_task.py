@@ -198,3 +198,12 @@ def test_clips_without_the_truth_of_a_control_are_left_out(
         (root / f"drop-{seed:07d}" / "depth.npz").unlink()
     with pytest.raises(InputError, match="none of the 3 clips of .* has a depth.npz; make the dataset with"):
         opened(write_recipe("control", tmp_path / "other", 1, base, **change))
+
+
+def test_missing_truth_is_named(tmp_path: Path, more_clips: Callable) -> None:
+    root = tmp_path / "bare"
+    more_clips(root, [0])
+    (root / "drop-0000000" / "depth.npz").unlink()
+    clips = ControlClips(ClipDataset(root), BranchRecipe(kind="depth"))
+    with pytest.raises(InputError, match="depth.npz does not exist: the clip was made without depth"):
+        clips[0]
