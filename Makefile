@@ -44,7 +44,7 @@ lint: $(TOOLS)  ## Style, types, and the floors of the house
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-DROP_CLIPS ?= 12000
+DROP_CLIPS ?= 9000
 PUSH_CLIPS ?= 15000
 TABLE_CLIPS ?= 1600
 EPISODES   ?= 2301
