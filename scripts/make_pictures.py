@@ -1,19 +1,23 @@
-"""The pictures of README.md: `python scripts/make_pictures.py [--model mini] [--into docs/images]`.
+"""The pictures of README.md and docs: `python scripts/make_pictures.py [--only NAME ...] [--into docs/images]`.
 
 hero.webp: above, worlds from words alone; below, what MuJoCo did, and what the model says after the first 5 frames.
 failure.png: one such pair that went wrong. worlds.png: the three scenes with their ground truth. acting.webp: what a
-robot does in MuJoCo, and the same actions in the tabletop model, from the first frame. Prompts and seeds are written
-below; the seeds are held out from training. `--only acting` makes that one alone.
+robot does in MuJoCo, and the same actions in the tabletop model, from the first frame. transfer.webp: a simulation, its
+edges, and two prompts. preview.webp: where early steps lead to, and the video. Prompts and seeds are written below; the
+seeds are held out from training.
 """
 
 import argparse
 import textwrap
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import orrery
+from orrery.cli.outputs import labelled_sheet
 from orrery.files import atomic_file
 from orrery.sim import simulate
 from orrery.sim.store import PALETTE
@@ -27,6 +31,12 @@ WORDS = (
 )
 HELD = (("drop", 1_000_002), ("drop", 1_000_005), ("push", 1_000_001), ("push", 1_000_006))
 FAILURE = ("push", 1_000_018)
+TRANSFER = ("drop", 9_000_010)  # of the demo
+PROMPTS = {
+    "realistic": "a red ball is thrown to the right, realistic look",
+    "cyan": "a cyan ball is thrown to the right, plain look",
+}
+WATCHED, STEPS = ("a red ball falls and bounces, plain look", 2), (1, 2, 4, 8, 20)
 ACTING, ACTING_FRAMES = (1_100_001, 1_100_004, 1_100_006, 1_100_009), 49
 TILE, GAP, TEXT, GIVEN = 160, 6, 48, 5
 PAPER, INK = (250, 250, 248), (30, 30, 34)
@@ -78,30 +88,33 @@ def tiles(videos: list[Video], captions: list[str], column: str) -> list[np.ndar
     return rows
 
 
-def acting(into: Path) -> None:
-    """acting.webp: MuJoCo above, the model told the same actions below."""
+def save_moving(rows: list[list[np.ndarray]], path: Path, quality: int) -> None:
+    """A looping webp of rows of tiles that stand above each other."""
+    frames = [Image.fromarray(np.concatenate(parts)) for parts in zip(*rows, strict=True)]
+    durations = [84] * (len(frames) - 1) + [900]
+    with atomic_file(path) as partial:
+        frames[0].save(partial, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=quality)
+
+
+def save_sheet(rows: dict[str, Video], path: Path) -> None:
+    """A webp with a row a video."""
+    png = BytesIO()
+    labelled_sheet(rows, png)
+    with atomic_file(path) as partial:
+        Image.open(png).save(partial, format="WEBP", quality=90)
+
+
+def acting(world: orrery.World, path: Path) -> None:
+    """MuJoCo above, the tabletop model told the same actions below."""
     world = orrery.load("tabletop")
     clips = [simulate("tabletop", seed, frames=ACTING_FRAMES, truth=False) for seed in ACTING]
     truth = [Video(clip.frames[0], clip.fps) for clip in clips]
     drawn = [world.rollout(video[:1], clip.actions[:-1]) for video, clip in zip(truth, clips, strict=True)]
     rows = [tiles(truth, [""] * len(clips), "MuJoCo"), tiles(drawn, [""] * len(clips), "the model,\nthe same\nactions")]
-    frames = [Image.fromarray(np.concatenate(parts)) for parts in zip(*rows, strict=True)]
-    durations = [84] * (len(frames) - 1) + [900]
-    with atomic_file(into / "acting.webp") as path:
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=80)
-    print(f"{into}/acting.webp")
+    save_moving(rows, path, 80)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mini")
-    parser.add_argument("--into", type=Path, default=Path("docs/images"))
-    parser.add_argument("--only", choices=["acting"], help="this one alone")
-    options = parser.parse_args()
-    acting(options.into)
-    if options.only:
-        return
-    world = orrery.load(options.model)
+def hero(world: orrery.World, path: Path) -> None:
     spoken = [world.generate(prompt, seed=seed) for prompt, seed in WORDS]
     held = [beside_truth(world, *which) for which in HELD]
     rows = [
@@ -109,19 +122,68 @@ def main() -> None:
         tiles([truth for _, truth, _ in held], [caption for caption, _, _ in held], "MuJoCo"),
         tiles([video for _, _, video in held], [""] * len(held), "Orrery,\nafter the\nfirst 5\nframes"),
     ]
-    frames = [Image.fromarray(np.concatenate(parts)) for parts in zip(*rows, strict=True)]
-    durations = [84] * (len(frames) - 1) + [900]
-    with atomic_file(options.into / "hero.webp") as path:
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=85)
+    save_moving(rows, path, 85)
+
+
+def failure(world: orrery.World, path: Path) -> None:
     caption, truth, video = beside_truth(world, *FAILURE)
     picks = np.linspace(0, len(truth) - 1, 6).round().astype(int)
     lines = [np.concatenate(list(v.frames[picks]), axis=1) for v in (truth, video)]
     sheet = Image.fromarray(np.concatenate(lines)).resize((6 * 128, 2 * 128), Image.Resampling.NEAREST)
-    with atomic_file(options.into / "failure.png") as path:
-        sheet.save(path)
-    with atomic_file(options.into / "worlds.png") as path:
-        worlds().save(path)
-    print(f"{options.into}/hero.webp, worlds.png, failure.png ({caption})")
+    with atomic_file(path) as partial:
+        sheet.save(partial, format="PNG")
+    print(f"the failure: {caption}")
+
+
+def transfer(world: orrery.World, path: Path) -> None:
+    clip = simulate(*TRANSFER, "plain", world.config.resolution[0], frames=world.config.frames)
+    real = Video(clip.frames[0], clip.fps)
+    rows = {"MuJoCo": real}
+    for name, prompt in PROMPTS.items():
+        result = world.transfer(prompt, real, ["edge"], seed=0)
+        rows |= {"edge": result.controls["edge"], name: result.video}
+    save_sheet(rows, path)
+
+
+def preview(world: orrery.World, path: Path) -> None:
+    rows: dict[str, Video] = {}
+
+    def show(step: int, steps: int, sketch: Video) -> None:
+        if step in STEPS:
+            rows[f"step {step}/{steps}"] = sketch
+
+    prompt, seed = WATCHED
+    video = world.generate(prompt, seed=seed, show=show)
+    save_sheet(rows | {"the video": video}, path)
+
+
+def scenes(world: orrery.World, path: Path) -> None:
+    with atomic_file(path) as partial:
+        worlds().save(partial, format="PNG")
+
+
+PICTURES: dict[str, Callable[[orrery.World, Path], None]] = {
+    "hero.webp": hero,
+    "failure.png": failure,
+    "worlds.png": scenes,
+    "acting.webp": acting,
+    "transfer.webp": transfer,
+    "preview.webp": preview,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--into", type=Path, default=Path("docs/images"))
+    names = [name.partition(".")[0] for name in PICTURES]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these alone")
+    options = parser.parse_args()
+    world = orrery.load(options.model)
+    for name, draw in PICTURES.items():
+        if name.partition(".")[0] in options.only:
+            draw(world, options.into / name)
+            print(options.into / name)
 
 
 if __name__ == "__main__":

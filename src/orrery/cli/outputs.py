@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from orrery import __version__
 from orrery.errors import InputError
@@ -291,7 +291,7 @@ class Preview:
             labelled_sheet(rows, partial)
 
 
-def labelled_sheet(rows: Mapping[str, "Video"], path: Path) -> None:
+def labelled_sheet(rows: Mapping[str, "Video"], path: Path | IO[bytes]) -> None:
     """A PNG with a row a video, its label to the left; columns are the same frames, from the first to the last."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
