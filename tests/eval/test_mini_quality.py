@@ -43,3 +43,35 @@ def test_the_gate_is_passed_only_if_everything_is_good_enough(script):
     for bad, vae in beyond:
         lines = script.gate(summary(script, *bad), vae)
         assert 1 <= sum(not line["passed"] for line in lines) <= 2
+
+
+def test_an_interval_stands_beside_the_centroid_error(script):
+    records = [{"given": {"2": {"model": row(20, error)}}} for error in (1.0, 2.0, 6.0, 7.0)]
+    low, high = script.summarise(records, 2, "model")["last_centroid_radii_interval"]
+    assert 0.2 <= low < 0.8 < high <= 1.4
+    line = {"what": "error", "measured": 0.8, "needed": "< 1", "passed": True, "interval": [low, high]}
+    assert script.gate_line(line) == f"- PASS: error: 0.8 (< 1, 95 % {low:.3g} to {high:.3g})"
+
+
+def test_several_futures(script):
+    def clip(radii, values, nearest):
+        return {"given": {"2": {"futures": {"radii": radii, "psnr": values, "nearest": nearest}}}}
+
+    hidden = clip([[], []], [20.0, 20.0], 0)  # truth does not show the thing at the end
+    found = script.summarise_futures(
+        [clip([[1.0], [3.0]], [20.0, 24.0], 1), clip([[2.0, 0.0], [0.0, 0.0]], [30.0, 26.0], 0), hidden]
+    )
+    assert found == {"clips": 2, "samples": 2, "radii": 1.25, "radii_nearest": 2.0, "radii_best": 0.5,
+                     "psnr": 25.0, "psnr_nearest": 27.0, "psnr_best": 27.0}  # fmt: skip
+    lines = script.futures_lines({"all": {"futures": found}, "push": {"futures": {}}})
+    assert lines[-1] == "| all | 2 | 1.25 | 2.00 | 0.50 | 25.00 | 27.00 | 27.00 |"
+    assert script.summarise_futures([hidden]) == {}
+    assert script.futures_lines({"all": {}}) == []
+
+
+def test_each_clip_has_its_own_noise(script):
+    from types import SimpleNamespace
+
+    seeds = [script.noise_seed(SimpleNamespace(name=f"push-{number}"), seed, sample)
+             for number in (1_000_000, 1_000_001) for seed in (0, 1) for sample in range(4)]  # fmt: skip
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**32 for seed in seeds)
