@@ -29,6 +29,7 @@ from orrery.video import Video
 
 sys.path.insert(0, str(Path(__file__).parent))  # also when a test loads this file by its path
 from common import provenance
+from futures import futures_lines, spread_of, summarise_futures
 
 HELD_OUT = 1_000_000  # seeds from here on are in no training set
 SCENES = ("drop", "push")
@@ -39,11 +40,6 @@ LEGEND = (
     "as half the picture). `radii`: the same in radii of the true object. `told`: goes the way that the caption "
     "tells (asked of 0 and 1 latents). `went`: goes the way that the true one goes. The rows `VAE ceiling` and `true "
     "frames` show what the measurement itself gets wrong."
-)
-FUTURES = (
-    "Of each clip several samples were drawn. `one`: the mean over samples; `nearest`: of the one that is nearest to "
-    "the others; `best`: of the one that is nearest to the truth. Where `one` is far above `nearest`, what happens is "
-    "open, to the model at least; where `best` is high too, it does not know it."
 )
 HEADS = ("clips", "n", "", "PSNR", "SSIM", "px", "radii", "count", "count by frame", "colour", "shape", "told", "went")
 METHODS = {"model": "model", "copy": "copy last", "empty": "empty scene", "vae": "VAE ceiling", "truth": "true frames"}
@@ -221,24 +217,6 @@ def noise_seed(case: Case, seed: int, sample: int = 0) -> int:
     return (1_000_003 * seed + 101 * int(case.name.rpartition("-")[2]) + sample) % 2**32
 
 
-def futures(case: Case, world: orrery.World, votes: ShapeVotes, first: np.ndarray, seed: int, count: int) -> dict:
-    """`count` samples of what follows two latents, `first` among them: of each the PSNR and the centroid errors of the
-    things at the last frame, in their radii; which one is nearest to the others (mean squared difference of pixels)."""
-    given = GIVEN[2]
-    start = Video(case.frames[:given], world.config.fps)
-    more = [world.generate(case.caption, start, seed=noise_seed(case, seed, i)).frames for i in range(1, count)]
-    videos = [frames[given:].astype(np.float32) for frames in (first, *more)]
-    apart = [[float(np.mean((a - b) ** 2)) for b in videos] for a in videos]
-    rows = []
-    for frames in (first, *more):
-        verdict = judge(frames, case.caption, votes, given, case.tracks)
-        assert verdict.error is not None and verdict.radius is not None
-        ratio = verdict.error[:, -1] / verdict.radius[:, -1]
-        rows.append([round(float(r), 3) for r in ratio if not np.isnan(r)])
-    values = [round(float(np.mean(psnr(frames[given:], case.frames[given:]))), 3) for frames in (first, *more)]
-    return {"radii": rows, "psnr": values, "nearest": int(np.sum(apart, axis=1).argmin())}
-
-
 def evaluate(case: Case, world: orrery.World, votes: ShapeVotes, empty: np.ndarray, seed: int,
              samples: int) -> tuple[dict, dict]:  # fmt: skip
     """(numbers of one clip, the generated frames by number of given latents)."""
@@ -269,7 +247,13 @@ def evaluate(case: Case, world: orrery.World, votes: ShapeVotes, empty: np.ndarr
                 row["ssim"] = ssim(frames[given:], truth[given:]).round(4).tolist()
             entry[method] = row
         if latents == 2 and samples > 1:
-            entry["futures"] = futures(case, world, votes, made, seed, samples)
+            videos, rows = [made], [entry["model"]]
+            for sample in range(1, samples):
+                more = world.generate(case.caption, start, seed=noise_seed(case, seed, sample)).frames
+                row = verdict_numbers(judge(more, case.caption, votes, given, tracks))
+                videos.append(more)
+                rows.append(row | {"psnr": psnr(more[given:], truth[given:]).round(3).tolist()})
+            entry["futures"] = spread_of([video[given:] for video in videos], rows)
         record["given"][str(latents)] = entry
     return record, pictures
 
@@ -308,21 +292,6 @@ def summarise(records: list[dict], latents: int, method: str) -> dict[str, Any]:
     return out
 
 
-def summarise_futures(records: list[dict]) -> dict[str, float]:
-    """Means over clips: of all samples, of the one nearest to the others, of the best by each measure."""
-    found = [record["given"]["2"]["futures"] for record in records]
-    found = [each for each in found if each["radii"][0]]
-    if not found:
-        return {}
-    means = [np.array(each["radii"]).mean(axis=1) for each in found]
-    out = {"clips": len(found), "samples": len(means[0])}
-    for key, rows, best in (("radii", means, np.min), ("psnr", [np.array(e["psnr"]) for e in found], np.max)):
-        out[key] = float(np.mean(rows))
-        out[f"{key}_nearest"] = float(np.mean([row[e["nearest"]] for row, e in zip(rows, found, strict=True)]))
-        out[f"{key}_best"] = float(np.mean([best(row) for row in rows]))
-    return out
-
-
 def groups_of(records: list[dict]) -> dict[str, list[dict]]:
     """The clips in the groups of the table."""
     groups = {"all": records, "one object": [r for r in records if r["objects"] == 1]}
@@ -358,21 +327,6 @@ def gate_line(line: dict[str, Any]) -> str:
     within = "" if line.get("interval") is None else ", 95 % {:.3g} to {:.3g}".format(*line["interval"])
     verdict = "PASS" if line["passed"] else "FAIL"
     return f"- {verdict}: {line['what']}: {line['measured']:.4g} ({line['needed']}{within})"
-
-
-def futures_lines(summary: dict[str, Any]) -> list[str]:
-    """The table of several futures."""
-    rows = {group: methods["futures"] for group, methods in summary.items() if methods.get("futures")}
-    if not rows:
-        return []
-    count = next(iter(rows.values()))["samples"]
-    lines = ["", f"## {count} futures of two latents", "", FUTURES, ""]
-    heads = ["clips", "n", *(f"{what}, {which}" for what in ("radii", "PSNR") for which in ("one", "nearest", "best"))]
-    lines += ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
-    keys = [f"{what}{which}" for what in ("radii", "psnr") for which in ("", "_nearest", "_best")]
-    for group, row in rows.items():
-        lines.append("| " + " | ".join([group, str(row["clips"]), *(f"{row[key]:.2f}" for key in keys)]) + " |")
-    return lines
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -490,7 +444,7 @@ def main() -> int:
     }
     if options.samples > 1:
         for name, group in groups_of(records).items():
-            summary[name]["futures"] = summarise_futures(group)
+            summary[name]["futures"] = summarise_futures([r["given"]["2"]["futures"] for r in group])
     vae_db = float(np.mean([record["vae"]["psnr"] for record in records]))
     result = {
         "made": provenance(),

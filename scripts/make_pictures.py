@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import orrery
+from orrery.cli.demo import redrawn
 from orrery.cli.outputs import labelled_sheet
 from orrery.files import atomic_file
 from orrery.sim import simulate
@@ -31,11 +32,6 @@ WORDS = (
 )
 HELD = (("drop", 1_000_002), ("drop", 1_000_005), ("push", 1_000_001), ("push", 1_000_006))
 FAILURE = ("push", 1_000_018)
-TRANSFER = ("drop", 9_000_010)  # of the demo
-PROMPTS = {
-    "realistic": "a red ball is thrown to the right, realistic look",
-    "cyan": "a cyan ball is thrown to the right, plain look",
-}
 WATCHED, STEPS = ("a red ball falls and bounces, plain look", 2), (1, 2, 4, 8, 20)
 ACTING, ACTING_FRAMES = (1_100_001, 1_100_004, 1_100_006, 1_100_009), 49
 TILE, GAP, TEXT, GIVEN = 160, 6, 48, 5
@@ -104,7 +100,7 @@ def save_sheet(rows: dict[str, Video], path: Path) -> None:
         Image.open(png).save(partial, format="WEBP", quality=90)
 
 
-def acting(world: orrery.World, path: Path) -> None:
+def acting(_: orrery.World, path: Path) -> None:
     """MuJoCo above, the tabletop model told the same actions below."""
     world = orrery.load("tabletop")
     clips = [simulate("tabletop", seed, frames=ACTING_FRAMES, truth=False) for seed in ACTING]
@@ -136,13 +132,7 @@ def failure(world: orrery.World, path: Path) -> None:
 
 
 def transfer(world: orrery.World, path: Path) -> None:
-    clip = simulate(*TRANSFER, "plain", world.config.resolution[0], frames=world.config.frames)
-    real = Video(clip.frames[0], clip.fps)
-    rows = {"MuJoCo": real}
-    for name, prompt in PROMPTS.items():
-        result = world.transfer(prompt, real, ["edge"], seed=0)
-        rows |= {"edge": result.controls["edge"], name: result.video}
-    save_sheet(rows, path)
+    save_sheet(redrawn(world, seed=0)[2], path)
 
 
 def preview(world: orrery.World, path: Path) -> None:
@@ -157,7 +147,7 @@ def preview(world: orrery.World, path: Path) -> None:
     save_sheet(rows | {"the video": video}, path)
 
 
-def scenes(world: orrery.World, path: Path) -> None:
+def scenes(_: orrery.World, path: Path) -> None:
     with atomic_file(path) as partial:
         worlds().save(partial, format="PNG")
 

@@ -55,7 +55,7 @@ def test_an_interval_stands_beside_the_centroid_error(script):
 
 def test_several_futures(script):
     def clip(radii, values, nearest):
-        return {"given": {"2": {"futures": {"radii": radii, "psnr": values, "nearest": nearest}}}}
+        return {"radii": radii, "psnr": values, "nearest": nearest}
 
     hidden = clip([[], []], [20.0, 20.0], 0)  # truth does not show the thing at the end
     found = script.summarise_futures(
@@ -67,6 +67,14 @@ def test_several_futures(script):
     assert lines[-1] == "| all | 2 | 1.25 | 2.00 | 0.50 | 25.00 | 27.00 | 27.00 |"
     assert script.summarise_futures([hidden]) == {}
     assert script.futures_lines({"all": {}}) == []
+
+
+def test_the_spread_of_samples(script):
+    import numpy as np
+
+    videos = [np.full((2, 4, 4, 3), level, np.uint8) for level in (0, 100, 110)]
+    rows = [{"psnr": [20.0, 22.0], "error_px": [[9.0, 4.0], [1.0, None]], "radius_px": [[5.0, 8.0], [5.0, 5.0]]}] * 3
+    assert script.spread_of(videos, rows) == {"radii": [[0.5]] * 3, "psnr": [21.0] * 3, "nearest": 1}
 
 
 def test_each_clip_has_its_own_noise(script):

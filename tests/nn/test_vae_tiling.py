@@ -203,7 +203,7 @@ def test_seams_of_the_shipped_vae(mini):
     whole = mini.decode(latents)
     assert psnr(whole - frames) > 22  # the clip is one that this VAE can show
     error = {n: decode_tiled(mini, latents, (16, 16), n, dtype=torch.float32) - whole for n in (0, 8)}
-    assert error[8].abs().amax() < 0.012 and psnr(error[8]) > 70
+    assert error[8].abs().amax() < 0.008 and psnr(error[8]) > 72
     assert error[0].abs().amax() > 0.4 and psnr(error[0]) < 40
     spread = {n: encode_tiled(mini, frames, (16, 16), n) - latents for n in (0, 8)}  # latents have a deviation of 1
     assert spread[8].abs().amax() < 0.03 and spread[0].abs().amax() > 1

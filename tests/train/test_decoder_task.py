@@ -82,7 +82,7 @@ def test_it_draws_better_and_only_the_parts_change(recipe: Callable[..., Path], 
     assert read_config(folder).own_decoder and read_config(folder).training["decoder"]["step"] == 16
     loaded = load_part(find_model(folder), "vae").state_dict()
     for name, value in trainer.ema.model.state_dict().items():
-        assert torch.allclose(loaded[name], value, atol=2e-3, rtol=1e-3), name  # float16
+        assert torch.equal(loaded[name], value.half().float()), name  # stored in float16, and nothing else lost
 
 
 def test_a_killed_run_resumes_bit_for_bit(recipe: Callable[..., Path]) -> None:

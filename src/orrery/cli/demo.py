@@ -73,11 +73,8 @@ def run(
     typer.echo(f"\nAll of it in {seconds:.1f} s. Beside each: a contact sheet and a record of its settings.")
 
 
-def _transfer(world: "World", output: Path, seed: int) -> None:
-    """One plain simulated clip, its edges, and what two other prompts make of them."""
-    from orrery.cli.outputs import labelled_sheet
-    from orrery.files import atomic_file
-
+def redrawn(world: "World", seed: int) -> tuple[str, dict[str, str], dict[str, "Video"]]:
+    """A plain simulated clip's caption, two other prompts by name; the clip, its edges and what the prompts make."""
     caption, real = _simulated(*TRANSFER, world.config, look="plain")
     words, _, _ = caption.rpartition(", ")
     colour = next(each for each in COLOURS if each in words)
@@ -87,6 +84,15 @@ def _transfer(world: "World", output: Path, seed: int) -> None:
     for name, prompt in prompts.items():
         result = world.transfer(prompt, real, ["edge"], seed=seed)
         rows |= {"edge": result.controls["edge"], name: result.video}
+    return caption, prompts, rows
+
+
+def _transfer(world: "World", output: Path, seed: int) -> None:
+    """One plain simulated clip, its edges, and what two other prompts make of them."""
+    from orrery.cli.outputs import labelled_sheet
+    from orrery.files import atomic_file
+
+    caption, prompts, rows = redrawn(world, seed)
     for label, video in rows.items():
         video.save(output / f"4_{label.lower()}.mp4", scale=8)
     with atomic_file(output / "4_transfer.png") as partial:
