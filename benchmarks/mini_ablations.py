@@ -3,8 +3,8 @@
 Each row is a run of its own of recipes/mini-vae.toml or mini-dit.toml, shortened, with one thing changed, judged on
 held-out clips. Rows that change the network get as many steps as take the base's time (measured side by side before the
 run), the others as many clips. `scale` trains networks of several sizes for several budgets; `ema` judges averages of
-several horizons over one run. A run that is there already is not run again; stopped, the same command goes on. Writes
-results/mini_ablations_PART.json and .md.
+several horizons over one run. A row that results/mini_ablations_PART.json has is not run again; stopped, the same
+command goes on. Writes that file and its .md.
 """
 
 import argparse
@@ -34,8 +34,11 @@ from orrery.train.loop import Trainer, pick_device
 from orrery.train.optim import EMA
 from orrery.train.recipe import FlowRecipe, VAERecipe, changed_keys, load_recipe, recipe_json
 from orrery.train.start import open_run
+from orrery.weights.sources import find_model
+from orrery.weights.store import load_model
 
 ROOT = Path(__file__).parent.parent
+MINI = ROOT / "src" / "orrery" / "weights" / "mini"
 CALIBRATED = 12  # steps that are timed, after as many that are not
 JUDGED = 96  # held-out clips on which a transformer's samples are judged
 DONE = "judged.json"
@@ -139,6 +142,16 @@ def folder(part: str, row: Row, options: argparse.Namespace) -> Path:
     return options.runs / part / "".join(c if c.isalnum() or c == "." else "-" for c in row.name)
 
 
+def recorded(part: str) -> dict[str, dict[str, Any]]:
+    """The rows of the result by name: a run's folder may be gone."""
+    path = RESULTS / f"mini_ablations_{part}.json"
+    return {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+
+
+def is_known(part: str, row: Row, options: argparse.Namespace) -> bool:
+    return (folder(part, row, options) / DONE).exists() or row.name in recorded(part)
+
+
 def recipe_of(part: str) -> Path:
     return ROOT / "recipes" / ("mini-vae.toml" if part == "vae" else "mini-dit.toml")
 
@@ -187,14 +200,15 @@ def run(part: str, row: Row, steps: int, options: argparse.Namespace) -> dict[st
     done = out / DONE
     sets = sets_of(part, row, out, steps, options.data, options.vae)
     vae = {} if part == "vae" else {"vae": load_vae(Path(options.vae))[1]}
-    if done.exists():
-        begun, now = (json.loads((out / "recipe.json").read_text()), recipe_json(load_recipe(recipe_of(part), sets)))
-        found = json.loads(done.read_text())
-        changed = changed_keys(begun, now) + [
-            (key, found.get(key), vae[key]) for key in vae if vae[key] != found.get(key)
-        ]
+    if is_known(part, row, options):
+        found = json.loads(done.read_text()) if done.exists() else recorded(part)[row.name]
+        wanted = {"sets": list(row.sets)} | vae
+        changed = [(key, found.get(key), wanted[key]) for key in wanted if wanted[key] != found.get(key)]
+        if done.exists():
+            begun = json.loads((out / "recipe.json").read_text())
+            changed += changed_keys(begun, recipe_json(load_recipe(recipe_of(part), sets)))
         if changed:
-            raise InputError(f"{out} is of another recipe: {changed}; remove it to run it again")
+            raise InputError(f"{row.name!r} is there, of another recipe: {changed}; remove it to run it again")
         return found
     trainer = opened(part, sets)
     if not trainer.run():
@@ -301,14 +315,20 @@ def markdown(part: str, rows: list[dict[str, Any]], made: dict[str, Any]) -> str
 
 
 def shipped(options: argparse.Namespace) -> dict[str, Any]:
-    """The finished run of what ships, judged like the rows. Comparable where --vae is its own."""
-    sets = [f"out={options.shipped}", f"data.root={options.data}", "threads=1", f"validation.clips={JUDGED}"]
-    recipe = load_recipe(recipe_of("scale"), sets)
-    trainer = open_run(recipe, pick_device("cpu"))
-    found = {"name": SHIPPED, "steps": trainer.step, "clips": trainer.step * trainer.task.clips}
-    found |= {"parameters": sum(p.numel() for p in trainer.task.model.parameters()), "seconds": round(trainer.seconds)}
+    """The model in the package, judged like the rows on the same latents."""
+    model = load_model(find_model("mini", controls=()))
+    training = model.config.training
+    out = options.runs / "scale" / "shipped"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    shutil.copy(MINI / "tokenizer.json", out)
+    trainer = opened("scale", sets_of("scale", Row(SHIPPED), out, 1, options.data, options.vae))
+    whole = torch.nn.ModuleDict({"transformer": model.transformer, "text": model.text})
+    trainer.ema.model = whole
+    found = {"name": SHIPPED, "sets": [], "steps": training["steps"], "clips": training["clips_seen"]}
+    found |= {"parameters": sum(p.numel() for p in whole.parameters()), "seconds": round(training["seconds"])}
     with torch.no_grad():
-        found |= trainer.task.validate(trainer.ema.model) | judged_flow(trainer)
+        found |= trainer.task.validate(whole) | judged_flow(trainer)
     return found | {"petaflop": 3 * found["clips"] * forward_flop(trainer) / 1e15}
 
 
@@ -390,16 +410,16 @@ def planned(part: str, options: argparse.Namespace) -> Iterator[tuple[Row, int]]
             seconds: float | None = None
             for budget in options.budgets:
                 row = Row(f"{size}, {budget} s", sets, True)
-                if not (folder(part, row, options) / DONE).exists():
+                if not is_known(part, row, options):
                     seconds = seconds or step_seconds(part, row, options)
                 yield row, max(60, round(budget / (seconds or 1.0)))
         return
     base: float | None = None
     for row in rows_of(part):
-        if options.only and row.name not in options.only and not (folder(part, row, options) / DONE).exists():
+        if options.only and row.name not in options.only and not is_known(part, row, options):
             continue
         steps = options.steps
-        if row.timed and not (folder(part, row, options) / DONE).exists():
+        if row.timed and not is_known(part, row, options):
             base = base or step_seconds(part, Row("base"), options)
             steps = max(50, round(steps * base / step_seconds(part, row, options)))
         yield row, steps
@@ -412,9 +432,8 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), help="seconds of one core, for scale")
     parser.add_argument("--only", nargs="+", help="names of rows to run; the table has every row that is there")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "mini")
-    parser.add_argument("--vae", default=str(ROOT / "src/orrery/weights/mini"), help="whose latents, for flow, scale")
+    parser.add_argument("--vae", default=str(MINI), help="whose latents, for flow, scale")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations")
-    parser.add_argument("--shipped", type=Path, help="run directory of what ships, as a point of scale")
     parser.add_argument("--calibrate", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.steps = options.steps or (300 if options.part == "flow" else 1200)
@@ -434,7 +453,7 @@ def main() -> None:
         data = {"made": provenance(), "rows": found}
         paths = write_results(f"mini_ablations_{options.part}", data, markdown(options.part, found, data["made"]))
     if options.part == "scale":
-        if options.shipped is not None:
+        if load_vae(Path(options.vae))[1] == load_vae(MINI)[1]:
             found.append(shipped(options))
         text = [markdown("scale", found, data["made"]), *draw_scale(found, RESULTS / "mini_ablations_scale.png")]
         paths = write_results("mini_ablations_scale", data | {"rows": found}, "\n".join(text))
