@@ -118,7 +118,7 @@ SIZES = {
 }
 DECAYS = (0.0, 0.9, 0.97, 0.99, 0.995)
 SHIPPED = "what ships"
-BUDGETS = (100, 300, 900)  # seconds of one core
+BUDGETS = (60, 180, 540)  # seconds of one core
 
 
 def sets_of(part: str, row: Row, out: Path, steps: int, data: Path, vae: str) -> list[str]:
@@ -410,6 +410,8 @@ def planned(part: str, options: argparse.Namespace) -> Iterator[tuple[Row, int]]
             seconds: float | None = None
             for budget in options.budgets:
                 row = Row(f"{size}, {budget} s", sets, True)
+                if options.only and row.name not in options.only and not is_known(part, row, options):
+                    continue
                 if not is_known(part, row, options):
                     seconds = seconds or step_seconds(part, row, options)
                 yield row, max(60, round(budget / (seconds or 1.0)))
@@ -439,9 +441,9 @@ def main() -> None:
     options.steps = options.steps or (300 if options.part == "flow" else 1200)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if options.calibrate:
-        known = {row.name: row for row in rows_of(options.part)}
-        known |= {f"{size}, {b} s": Row("", sets) for size, sets in SIZES.items() for b in options.budgets}
-        print(calibrate(options.part, known[options.calibrate], options))
+        known = {row.name: row for row in rows_of(options.part)} | {size: Row(size, SIZES[size]) for size in SIZES}
+        name = options.calibrate.rpartition(", ")[0] if options.part == "scale" else options.calibrate
+        print(calibrate(options.part, known[name], options))
         return
     if options.part == "ema":
         print(f"wrote {horizons(options)[0]} and .md")
