@@ -56,6 +56,7 @@ from orrery.nn import attention
 from orrery.nn.rope import apply_rope
 from orrery.video import Video
 from orrery.weights import find_model
+from orrery.weights.store import model_hash
 from orrery.world import World
 from orrery.world.speed import PRESETS, Spent, multiplies_bfloat16
 
@@ -295,7 +296,7 @@ def ladder(options: argparse.Namespace) -> dict[str, Any]:
         for row in rows:
             if "seconds" in row and row["rung"] != THEIRS:
                 row |= in_child([*words_of(options, folder), "--peak", row["rung"]])
-        return {"rows": rows}
+        return ({"weights": model_hash(folder)} if options.preset == "mini" else {}) | {"rows": rows}
 
 
 def markdown(result: dict[str, Any]) -> str:
