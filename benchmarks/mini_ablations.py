@@ -118,7 +118,7 @@ SIZES = {
 }
 DECAYS = (0.0, 0.9, 0.97, 0.99, 0.995)
 SHIPPED = "what ships"
-BUDGETS = (60, 180, 540)  # seconds of one core
+BUDGETS = (80, 240, 720)  # seconds of one core
 
 
 def sets_of(part: str, row: Row, out: Path, steps: int, data: Path, vae: str) -> list[str]:
