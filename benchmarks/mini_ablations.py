@@ -455,7 +455,7 @@ def main() -> None:
         data = {"made": provenance(), "rows": found}
         paths = write_results(f"mini_ablations_{options.part}", data, markdown(options.part, found, data["made"]))
     if options.part == "scale":
-        if load_vae(Path(options.vae))[1] == load_vae(MINI)[1]:
+        if not options.only and load_vae(Path(options.vae))[1] == load_vae(MINI)[1]:
             found.append(shipped(options))
         text = [markdown("scale", found, data["made"]), *draw_scale(found, RESULTS / "mini_ablations_scale.png")]
         paths = write_results("mini_ablations_scale", data | {"rows": found}, "\n".join(text))
