@@ -127,11 +127,14 @@ def test_generate_with_other_sampling_is_recorded(tiny_folder: Path, tmp_path: P
         "bfloat16",
         "--handover",
         "frames",
+        "--overlap",
+        "1",
     )
     assert call("generate", PROMPT, "--model", tiny_folder, *options, "-o", tmp_path / "a.mp4") == 0
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["sampling"]["solver"] == "euler" and record["sampling"]["schedule"] == "karras"
-    assert record["dtype"] == "bfloat16" and record["handover"] == "frames" and record["loras"] == []
+    assert record["dtype"] == "bfloat16" and record["loras"] == []
+    assert record["handover"] == "frames" and record["overlap"] == 1
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,7 @@ def test_generate_with_other_sampling_is_recorded(tiny_folder: Path, tmp_path: P
         (("--conventions", "ours"), "conventions is 'ours'; allowed are official, diffusers"),
         (("--placement", "cloud"), "placement is 'cloud'; allowed are resident, stages, blocks"),
         (("--handover", "tapes"), "handover is 'tapes'; allowed are latents, frames"),
+        (("--overlap", "3"), "overlap must be a whole number from 1 to 2, got 3"),
         (("--vae", "nowhere"), "nowhere holds no VAE"),
         (("--text", "nowhere"), "nowhere holds no text encoder"),
         (("--shift", "-1"), "shift"),

@@ -41,6 +41,7 @@ def run(
     handover: Annotated[
         str, typer.Option(help="What a chunk of a long video hands on: latents, or frames (encoded again).")
     ] = "latents",
+    overlap: Annotated[int, typer.Option(help="How many latents a chunk of a long video hands on: 1 or 2.")] = 2,
     preset: opt.Preset = None,
     speed: opt.Speeds = None,
     preview: Annotated[
@@ -76,7 +77,8 @@ def run(
     settings: dict[str, Any] = dict(
         start=start, seed=seed, steps=steps, guidance=guidance, frames=frames, size=wanted, solver=solver
     )
-    settings |= dict(schedule=schedule, shift=shift, handover=handover, negative_prompt=negative_prompt)
+    settings |= dict(schedule=schedule, shift=shift, negative_prompt=negative_prompt)
+    settings |= dict(handover=handover, overlap=overlap)
     began = time.perf_counter()
     sources: dict[str, Any] = dict(vae=vae, text=text, like=like, conventions=conventions)
     sources |= dict(dtype=dtype, placement=placement, embeddings=embeddings)
