@@ -81,7 +81,8 @@ def failures(title: str) -> list[str]:
     section = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     if section is None:
         raise InputError(f"docs/mini.md has no section {title!r}")
-    return [line for line in section[1].strip().splitlines() if line.startswith(("- ", "  "))]
+    lines = [line for line in section[1].strip().splitlines() if line.startswith(("- ", "  "))]
+    return [line.replace("](../", "](../../../../") for line in lines]  # links from docs/ to links from the card
 
 
 def percent(value: float | None) -> str:
@@ -127,11 +128,16 @@ def mini_figures(weights: str) -> list[str]:
 def tabletop_figures(weights: str) -> list[str]:
     """What orrery-tabletop was measured to do."""
     acting, judged = result("acting", weights), result("judge", weights)
-    means = acting["summary"]["psnr"]["mean"]
     times = (0, 2, 5, 11, 15)
-    heads = ["PSNR, dB, after", *(f"{(t + 1) / 3:.1f} s" for t in times)]
+    heads = ["", "after", *(f"{(t + 1) / 3:.1f} s" for t in times)]
+    measures = {"psnr": "PSNR, dB", "peg": "peg, cm off", "cube": "cube, cm off"}
     names = {"model": "told the robot's actions", "shuffled": "told another's", "copied": "first frame"}
-    rows = [[title, *(f"{means[key][t][0]:.1f}" for t in times)] for key, title in names.items() if key in means]
+    rows = [
+        [measure, title, *(f"{acting['summary'][name]['mean'][key][t][0]:.1f}" for t in times)]
+        for name, measure in measures.items()
+        for key, title in names.items()
+        if key in acting["summary"][name]["mean"]
+    ]
     pearson = judged["comparison"]["pearson"]["value"]
     robots = f"{len(judged['policies'])} robots judged in it and in MuJoCo"
     return [
