@@ -149,7 +149,7 @@ def recorded(part: str) -> dict[str, dict[str, Any]]:
 
 
 def is_known(part: str, row: Row, options: argparse.Namespace) -> bool:
-    return (folder(part, row, options) / DONE).exists() or row.name in recorded(part)
+    return (folder(part, row, options) / DONE).exists() or row.name in options.recorded
 
 
 def recipe_of(part: str) -> Path:
@@ -201,7 +201,7 @@ def run(part: str, row: Row, steps: int, options: argparse.Namespace) -> dict[st
     sets = sets_of(part, row, out, steps, options.data, options.vae)
     vae = {} if part == "vae" else {"vae": load_vae(Path(options.vae))[1]}
     if is_known(part, row, options):
-        found = json.loads(done.read_text()) if done.exists() else recorded(part)[row.name]
+        found = json.loads(done.read_text()) if done.exists() else options.recorded[row.name]
         wanted = {"sets": list(row.sets)} | vae
         changed = [(key, found.get(key), wanted[key]) for key in wanted if wanted[key] != found.get(key)]
         if done.exists():
@@ -305,6 +305,7 @@ def markdown(part: str, rows: list[dict[str, Any]], made: dict[str, Any]) -> str
     heads = VAE_HEADS if part == "vae" else FLOW_HEADS
     forms = {"psnr": ".2f", "psnr_foreground": ".2f", "sample_psnr": ".2f", "kept": ".0%"}
     lines = [f"# Ablations of orrery-mini: {part}", "", made_line(made), ""]
+    lines += ["That is the last run's; rows are kept from run to run, each with its commit in the JSON.", ""]
     cells = [
         [row["name"], f"{row['clips']:,}", f"{row['seconds']:,}", f"{row['parameters'] / 1e6:.1f}"]
         + [format(row[key], forms.get(key, ".3f")) for key in heads]
@@ -427,6 +428,17 @@ def planned(part: str, options: argparse.Namespace) -> Iterator[tuple[Row, int]]
         yield row, steps
 
 
+def written(part: str, rows: dict[str, dict[str, Any]]) -> list[Path]:
+    """The result of all rows that there are, by name, in the order of the plan."""
+    order = [row.name for row in rows_of(part)] if part != "scale" else [*SIZES, SHIPPED]
+    names = sorted(rows, key=lambda name: order.index(name.rpartition(", ")[0] or name if part == "scale" else name))
+    found, made = [rows[name] for name in names], provenance()
+    text = [markdown(part, found, made)]
+    if part == "scale":
+        text += draw_scale(found, RESULTS / "mini_ablations_scale.png")
+    return write_results(f"mini_ablations_{part}", {"made": made, "rows": found}, "\n".join(text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vae", "flow", "ema", "scale"))
@@ -438,6 +450,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations")
     parser.add_argument("--calibrate", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.recorded = recorded(options.part)
     options.steps = options.steps or (300 if options.part == "flow" else 1200)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if options.calibrate:
@@ -448,17 +461,15 @@ def main() -> None:
     if options.part == "ema":
         print(f"wrote {horizons(options)[0]} and .md")
         return
-    found = []
+    rows = dict(options.recorded)
     for row, steps in planned(options.part, options):
         note(f"{row.name}: {steps} steps")
-        found.append(run(options.part, row, steps, options))
-        data = {"made": provenance(), "rows": found}
-        paths = write_results(f"mini_ablations_{options.part}", data, markdown(options.part, found, data["made"]))
+        rows[row.name] = run(options.part, row, steps, options)
+        paths = written(options.part, rows)
     if options.part == "scale":
         if not options.only and load_vae(Path(options.vae))[1] == load_vae(MINI)[1]:
-            found.append(shipped(options))
-        text = [markdown("scale", found, data["made"]), *draw_scale(found, RESULTS / "mini_ablations_scale.png")]
-        paths = write_results("mini_ablations_scale", data | {"rows": found}, "\n".join(text))
+            rows[SHIPPED] = shipped(options)
+        paths = written(options.part, rows)
     print(f"wrote {paths[0]} and .md")
 
 
