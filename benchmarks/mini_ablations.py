@@ -467,7 +467,8 @@ def main() -> None:
         rows[row.name] = run(options.part, row, steps, options)
         paths = written(options.part, rows)
     if options.part == "scale":
-        if not options.only and load_vae(Path(options.vae))[1] == load_vae(MINI)[1]:
+        asked = not options.only or SHIPPED in options.only
+        if asked and load_vae(Path(options.vae))[1] == load_vae(MINI)[1]:
             rows[SHIPPED] = shipped(options)
         paths = written(options.part, rows)
     print(f"wrote {paths[0]} and .md")
