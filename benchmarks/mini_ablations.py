@@ -208,7 +208,8 @@ def run(part: str, row: Row, steps: int, options: argparse.Namespace) -> dict[st
             begun = json.loads((out / "recipe.json").read_text())
             changed += changed_keys(begun, recipe_json(load_recipe(recipe_of(part), sets)))
         if changed:
-            raise InputError(f"{row.name!r} is there, of another recipe: {changed}; remove it to run it again")
+            where = out if done.exists() else RESULTS / f"mini_ablations_{part}.json"
+            raise InputError(f"{row.name!r} of {where} is of another recipe: {changed}; remove it to run it again")
         return found
     trainer = opened(part, sets)
     if not trainer.run():
@@ -475,4 +476,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
