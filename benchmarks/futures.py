@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from common import table
 
 LEGEND = (
     "Of each clip several samples were drawn. `one`: the mean over samples; `nearest`: of the one that is nearest to "
@@ -52,8 +53,6 @@ def futures_lines(summary: dict[str, Any]) -> list[str]:
     count = next(iter(rows.values()))["samples"]
     lines = ["", f"## {count} futures of two latents", "", LEGEND, ""]
     heads = ["clips", "n", *(f"{what}, {which}" for what in ("radii", "PSNR") for which in ("one", "nearest", "best"))]
-    lines += ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
     keys = [f"{what}{which}" for what in ("radii", "psnr") for which in ("", "_nearest", "_best")]
-    for group, row in rows.items():
-        lines.append("| " + " | ".join([group, str(row["clips"]), *(f"{row[key]:.2f}" for key in keys)]) + " |")
-    return lines
+    cells = [[group, str(row["clips"]), *(f"{row[key]:.2f}" for key in keys)] for group, row in rows.items()]
+    return lines + table(heads, cells)

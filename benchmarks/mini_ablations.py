@@ -394,7 +394,7 @@ def draw_scale(rows: list[dict[str, Any]], path: Path) -> list[str]:
         small = [row for row in rows if row["name"] != SHIPPED]
         if len({row["name"].rpartition(", ")[2] for row in small}) > 1:
             a, b = frontier(small, key)
-            far = np.geomspace(min(r["petaflop"] for r in rows), 10 * max(r["petaflop"] for r in rows), 40)
+            far = np.geomspace(min(r["petaflop"] for r in rows), max(r["petaflop"] for r in rows), 40)
             axis.loglog(far, a * far**b, "--", color="0.6", lw=1)
             lines.append(f"- {title}: {a:.3g} x petaflop^{b:.3f}, so x {2**b:.3f} for twice the compute")
         axis.set(title=title, xlabel="petaflop of training")
